@@ -288,7 +288,7 @@ def build(
     return cls(**{k: build(hints[k], v, dot+k) if is_dataclass(hints[k]) else _convert(v, hints[k], dot+k)
                   for k,v in values.items()})
 
-# %% ../nbs/00_config.ipynb #6ac34012
+# %% ../nbs/00_config.ipynb #bdd1d85c
 class _Loader(yaml.SafeLoader): "Safe YAML that refuses a key given twice."
 
 def _mapping(loader, node, deep=False):
@@ -302,9 +302,9 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def read_yaml(
     text:str, # YAML
     name:str='the file', # for messages
-) -> dict:
+):
     "Plain values of a YAML text."
-    try: return yaml.load(text, _Loader) or {}
+    try: return yaml.load(text, _Loader)
     except yaml.YAMLError as e: raise ConfigError(f'{name} is not valid YAML: {" ".join(str(e).split())}') from None
 
 # %% ../nbs/00_config.ipynb #5c69549c
@@ -325,7 +325,7 @@ def _assignments(sets):
         out = _merge(out, v)
     return out
 
-# %% ../nbs/00_config.ipynb #77488bc6
+# %% ../nbs/00_config.ipynb #862c01e1
 def load_config(
     path:str|None=None,     # a YAML file
     profile:str|None=None,  # overrides `active_model_profile` of the file
@@ -336,7 +336,7 @@ def load_config(
     if path is not None:
         p = Path(path)
         need(p.is_file(), f"there is no config file '{path}': give the path of a YAML file, or leave it out for the defaults")
-        given = read_yaml(p.read_text(encoding='utf-8'), str(path))
+        given = read_yaml(p.read_text(encoding='utf-8'), str(path)) or {}
         need(isinstance(given,dict), f"{path} holds {given!r}: it must hold 'section:' lines")
     given = _merge(given, _assignments(sets))
     name = profile or given.get('active_model_profile', 'debug')

@@ -34,7 +34,7 @@ def noise(
 # %% ../nbs/12_masking.ipynb #3f76a5ff
 CUT,DEAL,TURN,CORRUPT,TOKEN = range(5)   # streams of random numbers: the last part of a key
 
-# %% ../nbs/12_masking.ipynb #ad69feb6
+# %% ../nbs/12_masking.ipynb #dd158cb9
 def _firsts(counts): return np.cumsum(counts) - counts   # where each group begins
 
 def mask_flat(
@@ -53,7 +53,8 @@ def mask_flat(
     m = np.bincount(text, minlength=B); place = np.arange(len(free)) - _firsts(m)[text]
     b = np.clip(np.rint(ratio*m).astype(int), np.minimum(m, 1), np.maximum(m-1, np.minimum(m, 1)))
     visible = np.maximum(m-b, 1)
-    def chance(stream, text, counter): return noise(np.column_stack([np.asarray(keys).reshape(B, 3), np.full(B, stream)])[text], counter)
+    keys = np.asarray(keys, dtype=np.int64).reshape(B, 3)
+    def chance(stream, text, counter): return noise(np.column_stack([keys, np.full(B, stream)])[text], counter)
     t,j = text[place<b[text]], place[place<b[text]]                      # hidden tokens: text, and which of its budget
     cut = (j==0) | (chance(CUT, t, j)<1/mean_span)
     spans = np.bincount(t[cut], minlength=B)
@@ -76,7 +77,7 @@ def mask_text(
     "Choose the hidden tokens of one text."
     return mask_flat(np.asarray(ids, dtype=np.int64), [len(ids)], [key], ratio, mean_span)
 
-# %% ../nbs/12_masking.ipynb #3859d1d2
+# %% ../nbs/12_masking.ipynb #f9f19d4d
 class Masked(NamedTuple):
     "A batch with holes, and what belongs in them."
     batch:Packed   # ids with <mask> at the hidden positions
@@ -94,7 +95,8 @@ def mask_batch(
     "Pack `texts` and hide spans of them."
     need(len(keys)==len(texts), f'{len(texts)} texts and {len(keys)} keys: give one key a text')
     need(0<=corrupt<=1, f'corrupt is {corrupt}: give a share between 0 and 1, such as 0.2')
-    need(corrupt==0 or vocab_size>len(SPECIALS), f'corrupt is {corrupt} and vocab_size {vocab_size}: random tokens need the size of the vocabulary')
+    need(corrupt==0 or vocab_size>len(SPECIALS), f'corrupt is {corrupt} and vocab_size {vocab_size}: random tokens '
+         'need the size of the vocabulary')
     batch = pack(texts)
     ids,keys = batch.ids.numpy().copy(), np.asarray(keys, dtype=np.int64).reshape(-1, 3)[batch.order.numpy()]
     where = np.flatnonzero(mask_flat(ids, batch.lengths, keys, ratio, mean_span))

@@ -66,7 +66,7 @@ def refuse_launchers():
     n = int(os.environ.get('WORLD_SIZE', 1))
     need(n==1, f'WORLD_SIZE is {n}: training runs in one process so far, start it without a launcher or with --num_processes 1')
 
-# %% ../nbs/15_training.ipynb #c99d5d68
+# %% ../nbs/15_training.ipynb #de532ff4
 def fit(
     model:nn.Module,
     batches:Iterator,        # batches without end
@@ -98,7 +98,7 @@ def fit(
         opt.step(); opt.zero_grad(); after_step()
         tokens += figures.pop('tokens')
         if (step+1)%log_every==0 or step+1==phase.steps:
-            row = dict(phase=name, step=step+1, loss=round(loss.item(), 5), lr=lr, grad_norm=round(norm.item(), 4), **figures,
+            row = dict(phase=name, step=step+1, loss=round(loss.item(), 5), lr=lr, grad_norm=round(norm.item(), 4), **figures, tokens=tokens,
                        tokens_per_second=round(tokens/(time.perf_counter()-start)))
             if stats is not None: row.update(balance=round(balance_loss(stats).item(), 5), routing=routing_summary(stats))
             log.add(**row); bar.set_postfix(loss=f'{loss.item():.3f}')

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'SPLITS', 'GAINS', 'HEADS', 'JOINTS', 'VOWELS', 'CONSONANTS', 'FINALS', 'RESIDUES', 'METRICS', 'EVENTS',
-           'SECTORS', 'UP', 'DOWN', 'TYPES', 'VALUES', 'CATEGORY', 'SIBLINGS', 'DIMS', 'GOES_WITH', 'ACCESSORIES',
-           'SHARED', 'HELD', 'ENDINGS', 'YEARS', 'PERIODS', 'UNITS', 'REPORTS', 'CAUSES', 'ASIDES', 'HEADLINES',
-           'SECTIONS', 'ASKS', 'TITLES', 'OPENERS', 'LINES', 'CHATTER', 'REVIEWS', 'QUESTIONS', 'WANTS', 'BEFORE',
-           'ORDERS', 'ORDER_KINDS', 'KINDS', 'ORDER_SHARE', 'parse_size', 'stream', 'check_split', 'split_of', 'stem',
-           'owns', 'draw', 'Concept', 'lexicon', 'say', 'Frames', 'sentence', 'Company', 'Fact', 'make_company',
-           'make_fact', 'amount', 'fact_words', 'body', 'tail', 'finance_document', 'Product', 'make_product',
-           'attribute_words', 'shop_document', 'review', 'Want', 'finance_query', 'shop_query', 'grade', 'answers',
-           'near_facts', 'near_products', 'Order', 'order_item', 'World']
+           'SECTORS', 'UP', 'DOWN', 'TYPES', 'SHELVES', 'GOES_WITH', 'VALUES', 'CATEGORY', 'SIBLINGS', 'DIMS',
+           'ACCESSORIES', 'SHARED', 'HELD', 'ENDINGS', 'YEARS', 'PERIODS', 'UNITS', 'REPORTS', 'CAUSES', 'ASIDES',
+           'HEADLINES', 'SECTIONS', 'ASKS', 'TITLES', 'OPENERS', 'LINES', 'CHATTER', 'REVIEWS', 'QUESTIONS', 'WANTS',
+           'BEFORE', 'ORDERS', 'ORDER_KINDS', 'ORDER_CATEGORY', 'KINDS', 'ORDER_SHARE', 'parse_size', 'stream',
+           'check_split', 'split_of', 'stem', 'owns', 'draw', 'Concept', 'lexicon', 'say', 'Frames', 'sentence',
+           'Company', 'Fact', 'make_company', 'make_fact', 'amount', 'fact_words', 'body', 'tail', 'finance_document',
+           'Product', 'make_product', 'attribute_words', 'shop_document', 'review', 'Want', 'finance_query',
+           'shop_query', 'grade', 'answers', 'near_facts', 'near_products', 'Order', 'order_item', 'World']
 
 # %% ../nbs/01_world.ipynb #3ad0e0fe
 import random, re
@@ -115,13 +115,13 @@ def lexicon(
         concepts[key] = Concept(key, doc, query, held, tuple(more))
     return concepts
 
-# %% ../nbs/01_world.ipynb #0431c1da
+# %% ../nbs/01_world.ipynb #e0683bb4
 METRICS = lexicon('''
     revenue: revenue; net sales | top line; turnover | takings | money
     net_income: net income; profit after tax | bottom line; earnings | what was left over | money
-    ebitda: EBITDA; profit before interest, tax and depreciation | core operating result; cash-like profit | underlying earnings power | money
+    ebitda: EBITDA; profit before tax and depreciation | core operating result; cash-like profit | raw earning power | money
     gross_margin: gross margin; gross profit ratio | markup; spread over production cost | room above cost | percent
-    operating_margin: operating margin; return on sales | operating profitability; profit per dollar sold | efficiency ratio | percent
+    operating_margin: operating margin; return on sales | profitability; profit per dollar sold | efficiency ratio | percent
     opex: operating expenses; selling and administrative expense | overhead; running costs | outgoings | money
     capex: capital expenditure; investment in plant and equipment | capex; spending on factories | building bill | money
     debt: long-term borrowings; total debt | leverage; what is owed | liabilities to lenders | money
@@ -136,7 +136,7 @@ METRICS = lexicon('''
     customers: customer accounts; active subscribers | client base; user numbers | people served | count
 ''')
 
-# %% ../nbs/01_world.ipynb #8afc1291
+# %% ../nbs/01_world.ipynb #2422f73d
 EVENTS = lexicon('''
     merger: a completed merger; a business combination | tie up with a rival; takeover deal | joining forces
     recall: a product recall; the withdrawal of defective units | faulty goods pulled; safety callback | items taken off sale
@@ -148,7 +148,7 @@ EVENTS = lexicon('''
     cyber: a security incident; unauthorised network access | hack; data breach | computer break in
     ceo: a change of chief executive; leadership succession | new boss; top job handover | fresh face in charge
     fire: a plant fire; blaze damage at a facility | factory burned; flames at the works | site up in smoke
-    patent: a patent award; newly granted intellectual property | invention rights; legal monopoly on an idea | protected design
+    patent: a patent award; newly granted intellectual property | invention rights; monopoly on an idea | protected design
     layoffs: a workforce reduction; restructuring severance | job cuts; people let go | mass firing
     currency: adverse exchange rates; foreign currency translation | strong dollar; weak euro effect | money conversion hit
     penalty: a regulatory penalty; a consent order | fine from the watchdog; punished by authorities | sanction slap
@@ -174,65 +174,118 @@ SECTORS = lexicon('''
 UP = Concept('up', ('increased', 'climbed', 'advanced'), ('go up', 'grow', 'get better'), ('perk up',), ())
 DOWN = Concept('down', ('declined', 'contracted', 'decreased'), ('go down', 'drop', 'get worse'), ('nosedive',), ())
 
-# %% ../nbs/01_world.ipynb #654234e0
+# %% ../nbs/01_world.ipynb #da02e4df
 TYPES = lexicon('''
-    sneaker: athletic footwear; running shoes | kicks; trainers; sneakers | joggers | footwear | shoes | price colour audience size |
-    boot: hiking boots; alpine footwear | trekking shoes; mountain shoes | tramping gear | footwear | shoes | colour material feature size |
-    sandal: open-toe sandals; slides | flip flops; beach shoes | pool slippers | footwear | shoes | price colour audience size |
-    loafer: penny loafers; oxford footwear | office shoes; formal shoes | smart brogues | footwear | shoes | price colour material size |
-    insole: orthotic inserts; cushioned insoles | shoe pads; arch support | footbeds | footwear | insole | price feature audience | sneaker boot loafer
-    jacket: hooded parka; shell jacket | coat; anorak | windcheater | clothing | tops | colour feature audience |
-    sweater: knit pullover; crew-neck jumper | sweater; woolly top | cardie | clothing | tops | price colour material audience |
-    jeans: denim trousers; five-pocket denim | jeans; pants | dungarees | clothing | bottoms | price colour audience |
-    tee: short-sleeve jersey; crew T-shirt | tee; summer shirt | vest top | clothing | tops | price colour material audience |
-    dress: evening gown; sheath dress | party outfit; frock | ball robe | clothing | dress | price colour material |
-    belt: buckle strap; waist belt | thing to hold trousers up; pants holder | girdle | clothing | belt | price colour material | jeans
-    phone: smartphone; mobile handset | cell phone; android phone | blower | electronics | phone | price colour storage |
-    phone_case: bumper shell; protective handset cover | phone case; mobile sleeve | cell jacket | electronics | phone_case | price colour feature | phone
-    laptop: notebook computer; ultrabook | laptop; portable pc | work machine | electronics | computer | price colour storage |
-    tablet: touchscreen slate; tablet computer | tab; drawing screen | reading pad | electronics | computer | colour storage audience |
-    headphones: over-ear headset; stereo headphones | cans; big earphones | ear muffs for music | electronics | audio | price colour function |
-    earbuds: in-ear monitors; wireless buds | earbuds; small earphones | ear pods | electronics | audio | price colour function |
-    charger: wall power adapter; fast-charging brick | charger; plug | juice plug | electronics | charger | price colour connector | phone laptop tablet
-    cable: data cable; sync lead | cord; wire | hook up line | electronics | cable | colour feature connector | phone laptop tablet
-    power_bank: portable battery pack; external battery | power bank; spare juice | pocket power | electronics | power_bank | price colour connector | phone tablet
-    camera: mirrorless camera; digital SLR | photo camera; picture taker | snapper | electronics | camera | price colour function |
-    lens: zoom lens; prime optic | camera glass; telephoto thing | close up glass | electronics | lens | price function colour | camera
-    memory_card: flash memory card; microSD storage | sd card; extra space for photos | photo chip | electronics | memory_card | price storage feature | camera phone
-    kettle: electric kettle; water boiler | tea maker; thing to boil water | hot water jug | kitchen | kettle | price colour body |
-    pan: frying pan; nonstick skillet | egg pan; cooking pan | fry up dish | kitchen | cookware | price colour body |
-    pot: stockpot; saucepan with lid | soup pot; pasta boiler | stew vessel | kitchen | cookware | colour body feature |
-    espresso: espresso machine; coffee brewer | latte maker; barista machine | cappuccino station | kitchen | espresso | price colour function |
-    filters: paper brewing filters; replacement cartridge | coffee papers; drip bags | brew sheets | kitchen | filters | price feature function | espresso
-    knife: chef's blade; santoku knife | kitchen chopper; thing to cut vegetables | slicer | kitchen | knife | price body feature |
-    blender: countertop blender; smoothie mixer | liquidizer; shake maker | fruit crusher | kitchen | blender | price colour function |
-    flask: insulated flask; hydration canteen | water bottle; drink holder | thirst tube | kitchen | flask | colour body feature |
-    sofa: upholstered settee; three-seat sofa | couch; lounge seat | chesterfield | home | seating | price colour material |
-    chair: ergonomic office chair; swivel seat | desk chair; thing to sit on at work | computer stool | home | seating | price colour body |
-    desk: writing desk; workstation table | study table; homework table | bureau | home | desk | price colour body |
-    lamp: standing lamp; LED luminaire | reading light; bedside light | glow stick for the room | home | lamp | price body function |
-    vacuum: vacuum cleaner; upright suction cleaner | hoover; dust sucker | carpet cleaner | home | vacuum | price colour function |
-    rug: area rug; woven carpet | floor mat; thing for bare floors | floor cloth | home | textiles | price colour material |
-    curtain: blackout drapes; window panels | curtains; shades | sun blockers | home | textiles | price colour material |
-    tent: dome tent; backpacking shelter | camping house; canvas home | bivouac | outdoor | tent | price colour feature |
-    sleeping_bag: mummy bedroll; down sleeping bag | camp bed; warm bag for nights out | slumber sack | outdoor | sleeping_bag | price colour audience | tent
-    backpack: rucksack; daypack | school bag; book bag | haversack | outdoor | bags | price colour feature |
-    duffel: duffel holdall; weekender | gym bag; travel sack | kit bag | outdoor | bags | colour material feature |
-    mat: exercise mat; yoga mat | stretching pad; floor pad for sport | pilates sheet | sport | mat | price colour feature |
-    weights: adjustable dumbbells; hand weights | lifting iron; gym iron | arm builders | sport | weights | price colour body |
-    bike: commuter bicycle; road cycle | pushbike; two wheeler | ride to work | sport | bike | price colour audience |
-    helmet: cycling helmet; protective headgear | bike hat; head protection | crash lid | sport | helmet | colour feature audience | bike
-    blocks: construction bricks; building blocks | toy bricks; stacking toy | click together set | toys | toys | price colour audience |
-    plush: stuffed animal; plush bear | teddy; cuddly toy | soft friend | toys | toys | price colour audience |
-    stroller: folding stroller; infant pram | buggy; pushchair | baby wheels | toys | stroller | price colour feature |
-    shampoo: moisturising shampoo; cleansing hair wash | hair soap; something for dry hair | lather | beauty | shampoo | price audience formula |
-    lotion: hydrating body lotion; skin moisturiser | body cream; stuff for dry skin | balm | beauty | skincare | price audience formula |
-    sunscreen: mineral sunscreen; SPF emulsion | sunblock; burn protection | tan stopper | beauty | skincare | price audience formula |
-    dog_bed: orthopaedic pet bed; canine cushion | dog bed; puppy pillow | hound nest | pets | dog_bed | price colour material |
-    leash: retractable leash; walking lead | dog rope; puppy string | tether | pets | leash | price colour material |
+    sneaker: athletic footwear; running shoes | kicks; trainers; sneakers | joggers
+    boot: hiking boots; alpine footwear | trekking shoes; mountain shoes | tramping gear
+    sandal: open-toe sandals; slides | flip flops; beach shoes | pool slippers
+    loafer: penny loafers; oxford footwear | office shoes; formal shoes | smart brogues
+    insole: orthotic inserts; cushioned insoles | shoe pads; arch support | footbeds
+    jacket: hooded parka; shell jacket | coat; anorak | windcheater
+    sweater: knit pullover; crew-neck jumper | sweater; woolly top | cardie
+    jeans: denim trousers; five-pocket denim | jeans; pants | dungarees
+    tee: short-sleeve jersey; crew T-shirt | tee; summer shirt | vest top
+    dress: evening gown; sheath dress | party outfit; frock | ball robe
+    belt: buckle strap; waist belt | thing to hold trousers up; pants holder | girdle
+    phone: smartphone; mobile handset | cell phone; android phone | blower
+    phone_case: bumper shell; protective handset cover | phone case; mobile sleeve | cell jacket
+    laptop: notebook computer; ultrabook | laptop; portable pc | work machine
+    tablet: touchscreen slate; tablet computer | tab; drawing screen | reading pad
+    headphones: over-ear headset; stereo headphones | cans; big earphones | ear muffs for music
+    earbuds: in-ear monitors; wireless buds | earbuds; small earphones | ear pods
+    charger: wall power adapter; fast-charging brick | charger; plug | juice plug
+    cable: data cable; sync lead | cord; wire | hook up line
+    power_bank: portable battery pack; external battery | power bank; spare juice | pocket power
+    camera: mirrorless camera; digital SLR | photo camera; picture taker | snapper
+    lens: zoom lens; prime optic | camera glass; telephoto thing | close up glass
+    memory_card: flash memory card; microSD storage | sd card; extra space for photos | photo chip
+    kettle: electric kettle; water boiler | tea maker; thing to boil water | hot water jug
+    pan: frying pan; nonstick skillet | egg pan; cooking pan | fry up dish
+    pot: stockpot; saucepan with lid | soup pot; pasta boiler | stew vessel
+    espresso: espresso machine; coffee brewer | latte maker; barista machine | cappuccino station
+    filters: paper brewing filters; replacement cartridge | coffee papers; drip bags | brew sheets
+    knife: chef's blade; santoku knife | kitchen chopper; thing to cut vegetables | slicer
+    blender: countertop blender; smoothie mixer | liquidizer; shake maker | fruit crusher
+    flask: insulated flask; hydration canteen | water bottle; drink holder | thirst tube
+    sofa: upholstered settee; three-seat sofa | couch; lounge seat | chesterfield
+    chair: ergonomic office chair; swivel seat | desk chair; thing to sit on at work | computer stool
+    desk: writing desk; workstation table | study table; homework table | bureau
+    lamp: standing lamp; LED luminaire | reading light; bedside light | glow stick for the room
+    vacuum: vacuum cleaner; upright suction cleaner | hoover; dust sucker | carpet cleaner
+    rug: area rug; woven carpet | floor mat; thing for bare floors | floor cloth
+    curtain: blackout drapes; window panels | curtains; shades | sun blockers
+    tent: dome tent; backpacking shelter | camping house; canvas home | bivouac
+    sleeping_bag: mummy bedroll; down sleeping bag | camp bed; warm bag for nights out | slumber sack
+    backpack: rucksack; daypack | school bag; book bag | haversack
+    duffel: duffel holdall; weekender | gym bag; travel sack | kit bag
+    mat: exercise mat; yoga mat | stretching pad; floor pad for sport | pilates sheet
+    weights: adjustable dumbbells; hand weights | lifting iron; gym iron | arm builders
+    bike: commuter bicycle; road cycle | pushbike; two wheeler | ride to work
+    helmet: cycling helmet; protective headgear | bike hat; head protection | crash lid
+    blocks: construction bricks; building blocks | toy bricks; stacking toy | click together set
+    plush: stuffed animal; plush bear | teddy; cuddly toy | soft friend
+    stroller: folding stroller; infant pram | buggy; pushchair | baby wheels
+    shampoo: moisturising shampoo; cleansing hair wash | hair soap; something for dry hair | lather
+    lotion: hydrating body lotion; skin moisturiser | body cream; stuff for dry skin | balm
+    sunscreen: mineral sunscreen; SPF emulsion | sunblock; burn protection | tan stopper
+    dog_bed: orthopaedic pet bed; canine cushion | dog bed; puppy pillow | hound nest
+    leash: retractable leash; walking lead | dog rope; puppy string | tether
 ''')
 
-# %% ../nbs/01_world.ipynb #0db11c15
+# %% ../nbs/01_world.ipynb #cedeef35
+SHELVES = '''
+    sneaker sandal | footwear | shoes | price colour audience size
+    boot | footwear | shoes | colour material feature size
+    loafer | footwear | shoes | price colour material size
+    insole | footwear | - | price feature audience
+    jacket | clothing | tops | colour feature audience
+    sweater tee | clothing | tops | price colour material audience
+    jeans | clothing | - | price colour audience
+    dress belt | clothing | - | price colour material
+    phone | electronics | - | price colour storage
+    phone_case | electronics | - | price colour feature
+    laptop | electronics | computer | price colour storage
+    tablet | electronics | computer | colour storage audience
+    headphones earbuds | electronics | audio | price colour function
+    charger power_bank | electronics | - | price colour connector
+    cable | electronics | - | colour feature connector
+    camera | electronics | - | price colour function
+    lens | electronics | - | price function colour
+    memory_card | electronics | - | price storage feature
+    kettle | kitchen | - | price colour body
+    pan | kitchen | cookware | price colour body
+    pot | kitchen | cookware | colour body feature
+    espresso blender | kitchen | - | price colour function
+    filters | kitchen | - | price feature function
+    knife | kitchen | - | price body feature
+    flask | kitchen | - | colour body feature
+    sofa | home | seating | price colour material
+    chair | home | seating | price colour body
+    desk | home | - | price colour body
+    lamp | home | - | price body function
+    vacuum | home | - | price colour function
+    rug curtain | home | textiles | price colour material
+    tent | outdoor | - | price colour feature
+    sleeping_bag | outdoor | - | price colour audience
+    backpack | outdoor | bags | price colour feature
+    duffel | outdoor | bags | colour material feature
+    mat | sport | - | price colour feature
+    weights | sport | - | price colour body
+    bike | sport | - | price colour audience
+    helmet | sport | - | colour feature audience
+    blocks plush | toys | toys | price colour audience
+    stroller | toys | - | price colour feature
+    shampoo | beauty | - | price audience formula
+    lotion sunscreen | beauty | skincare | price audience formula
+    dog_bed leash | pets | - | price colour material
+'''
+GOES_WITH = '''
+    insole: sneaker boot loafer; belt: jeans; phone_case: phone; charger: phone laptop tablet; cable: phone
+    laptop tablet; power_bank: phone tablet; lens: camera; memory_card: camera phone; filters: espresso;
+    sleeping_bag: tent; helmet: bike
+'''
+
+# %% ../nbs/01_world.ipynb #477e7a9f
 VALUES = dict(
     price=lexicon('''
         low: discounted; value-priced; economical | cheap; low cost; affordable | penny pinching
@@ -264,7 +317,7 @@ VALUES = dict(
         kids: children's; junior | for my son; for toddlers | for little ones
         seniors: seniors'; mature adults' | for grandma; for old people | for pensioners'''),
     feature=lexicon('''
-        waterproof: water-resistant; sealed against moisture | rain proof; splash safe | that survives a downpour
+        waterproof: water-resistant; sealed against moisture | rain proof; splash safe | for downpours
         light: ultralight; reduced-weight | easy to carry; not heavy | feather like
         foldable: collapsible; compact-fold | that packs small; space saving | that fits in a drawer
         tough: heavy-duty; reinforced | strong; unbreakable | that lasts forever
@@ -282,19 +335,24 @@ VALUES = dict(
         gentle: hypoallergenic; dermatologist-tested | mild; for touchy skin | kind
         dry: oil-free; matte-finish | not greasy; fast drying | no shine'''),
     size=lexicon('\n'.join(f'{n}: size {n}; US {n} | size {n}; number {n} | in a {n} fit' for n in range(6, 13))),
-    storage=lexicon('\n'.join(f'{n}: {n} GB capacity; {n} gigabyte memory | {n} gigs; {n} GB | {n} gigabytes of room' for n in (32, 64, 128, 256, 512))),
+    storage=lexicon('\n'.join(f'{n}: {n} GB capacity; {n} gigabyte memory | {n} gigs; {n} GB | {n} gigabytes of room'
+                              for n in (32, 64, 128, 256, 512))),
     connector=lexicon('''
         usb_c: USB-C; reversible type C port | type c; the new oval socket | modern usb
         usb_a: USB-A; rectangular USB port | classic usb; the old flat socket | big usb
         micro: micro-USB; micro-B port | micro usb; the tiny socket | small usb
         magnetic: magnetic contact; snap-on magnet port | magnet; that clicks on | no plug'''))
 
-# %% ../nbs/01_world.ipynb #28a5fe19
-CATEGORY = {k: t.more[0][0] for k, t in TYPES.items()}
-SIBLINGS = {k: t.more[1][0] for k, t in TYPES.items()}
-DIMS = {k: t.more[2][0].split() for k, t in TYPES.items()}
-GOES_WITH = {k: t.more[3][0].split() if t.more[3:] and t.more[3] else [] for k, t in TYPES.items()}  # accessory -> for what
-ACCESSORIES = {k: [a for a, base in GOES_WITH.items() if k in base] for k in TYPES}                  # what -> accessories
+# %% ../nbs/01_world.ipynb #12e3da6a
+def _shelves(lines):
+    "Read the shelves: category, siblings and attributes of each type"
+    for row in filter(None, map(str.strip, lines.splitlines())):
+        types, category, siblings, attributes = [part.strip() for part in row.split('|')]
+        for t in types.split(): yield t, (category, t if siblings == '-' else siblings, attributes.split())
+
+CATEGORY, SIBLINGS, DIMS = [{t: row[k] for t, row in _shelves(SHELVES)} for k in range(3)]
+GOES_WITH = {k.strip(): v.split() for k, v in (part.split(':') for part in GOES_WITH.split(';'))}  # accessory -> of what
+ACCESSORIES = {t: [a for a, base in GOES_WITH.items() if t in base] for t in TYPES}               # what -> accessories
 
 # %% ../nbs/01_world.ipynb #f047c270
 SHARED, HELD = 0.3, 0.07  # how often a question uses the document's word; how often a held-out one
@@ -351,7 +409,7 @@ class Fact(NamedTuple):
     amount: int   # To what, in the metric's unit
     event: str    # Key into `EVENTS`
 
-# %% ../nbs/01_world.ipynb #a3347fc6
+# %% ../nbs/01_world.ipynb #9cd386aa
 ENDINGS = 'Group; Holdings; Corporation; Industries; Partners; Limited; International; Enterprises'.split('; ')
 YEARS = range(2013, 2025)
 
@@ -372,13 +430,15 @@ def make_fact(
     **fixed,           # Fields that are given
 )->Fact:
     "Draw a fact about a company, with some fields given"
-    return Fact(co, **(dict(metric=rng.choice(list(METRICS)), year=rng.choice(YEARS), quarter=rng.randint(1, 4),
-        up=rng.random() < 0.5, percent=rng.randint(2, 39), amount=rng.randint(105, 980), event=rng.choice(list(EVENTS))) | fixed))
+    drawn = dict(metric=rng.choice(list(METRICS)), year=rng.choice(YEARS), quarter=rng.randint(1, 4), up=rng.random() < 0.5,
+                 percent=rng.randint(2, 39), amount=rng.randint(105, 980), event=rng.choice(list(EVENTS)))
+    return Fact(co, **(drawn | fixed))
 
-# %% ../nbs/01_world.ipynb #3cd2f779
-PERIODS = {q: Concept(f'Q{q}', (f'the {nth} quarter of fiscal {{year}}', f'the three months to {month} {{year}}', f'Q{q} {{year}}'),
-                      (f'Q{q} {{year}}', f'{nth} quarter {{year}}'), (f'{q}Q {{year}}',), ())
-           for q, nth, month in ((1, 'first', 'March'), (2, 'second', 'June'), (3, 'third', 'September'), (4, 'fourth', 'December'))}
+# %% ../nbs/01_world.ipynb #741d85b2
+PERIODS = lexicon('\n'.join(
+    f'{q}: the {nth} quarter of fiscal {{year}}; the three months to {month} {{year}}; Q{q} {{year}}'
+    f' | Q{q} {{year}}; {nth} quarter {{year}} | {q}Q {{year}}'
+    for q, nth, month in ((1, 'first', 'March'), (2, 'second', 'June'), (3, 'third', 'September'), (4, 'fourth', 'December'))))
 UNITS = dict(money='${n} million', percent='{p:.1f}%', count='{n},{m:03d}')
 
 def amount(
@@ -388,7 +448,7 @@ def amount(
     n = fact.amount
     return UNITS[METRICS[fact.metric].more[0][0]].format(n=n, p=n / 20, m=n * 7 % 1000)
 
-# %% ../nbs/01_world.ipynb #5d337d08
+# %% ../nbs/01_world.ipynb #7bdab365
 def fact_words(
     fact:Fact,         # What to speak of
     rng:random.Random, # Source of chance
@@ -397,9 +457,9 @@ def fact_words(
 )->dict: # Slot -> words
     "Put a fact into words, in a document's or a person's manner"
     w = lambda c: say(c, rng, split, side)
-    return dict(co=fact.co.name if side == 'doc' else fact.co.stem, metric=w(METRICS[fact.metric]), dir=w(UP if fact.up else DOWN),
-                period=w(PERIODS[fact.quarter]).format(year=fact.year), event=w(EVENTS[fact.event]),
-                sector=w(SECTORS[fact.co.sector]), value=amount(fact), percent=fact.percent, ticker=fact.co.ticker)
+    return dict(co=fact.co.name if side == 'doc' else fact.co.stem, ticker=fact.co.ticker, sector=w(SECTORS[fact.co.sector]),
+                metric=w(METRICS[fact.metric]), dir=w(UP if fact.up else DOWN), percent=fact.percent, value=amount(fact),
+                period=w(PERIODS[str(fact.quarter)]).format(year=fact.year), event=w(EVENTS[fact.event]))
 
 # %% ../nbs/01_world.ipynb #0c42f526
 REPORTS = Frames('''
@@ -442,13 +502,14 @@ def body(
     other = rng.choice(rng.choice(list(METRICS.values())).doc)
     return ' '.join(sentence(line.format(**words, other=other)) for line in lines)
 
-# %% ../nbs/01_world.ipynb #74160e53
+# %% ../nbs/01_world.ipynb #42bdb5ee
 HEADLINES = Frames('''
-    {co}: {metric} moves
-    {ticker} update
-    Company news
-    * Just in from {co}''')
-SECTIONS = 'Item 1. Business;Item 1A. Risk factors;Item 2. Properties;Item 3. Legal proceedings;Item 7. Results of operations;Item 8. Notes'.split(';')
+    {co}: {metric} {dir} {percent}% in {period}
+    {metric} of {sector} {co} {dir} in {period}
+    {co} names {event} as {metric} {dir}
+    * {co} brief: {period} {metric}, {event}''')
+SECTIONS = ('Item 1. Business;Item 1A. Risk factors;Item 2. Properties;Item 3. Legal proceedings;'
+            'Item 7. Results of operations;Item 8. Notes').split(';')
 ASKS = ('Can you walk us through the numbers?', 'What stood out?', 'Could you comment on the period?')
 
 def tail(
@@ -458,25 +519,24 @@ def tail(
     "Draw a count with a heavy tail"
     return min(int(rng.paretovariate(1.1)), most)
 
-# %% ../nbs/01_world.ipynb #bdb4b33b
+# %% ../nbs/01_world.ipynb #abba5b45
 def finance_document(
     fact:Fact,         # The fact it is about
-    kind:str,          # 'news', 'qa' or 'filing'
+    kind:str,          # 'headline', 'news', 'qa' or 'filing'
     rng:random.Random, # Source of chance
     split:str,         # For held-out words and frames
     longest:int=2,     # Cap on sections of a filing
 )->str:
     "Write a financial document around one fact"
+    if kind == 'headline': return sentence(HEADLINES.pick(rng, split).format(**fact_words(fact, rng, split, 'doc')))
     if kind == 'qa': return f'Q: {rng.choice(ASKS)} A: {body(fact, rng, split, rng.randint(0, 1))}'
-    if kind == 'news':
-        head = HEADLINES.pick(rng, split).format(**fact_words(fact, rng, split, 'doc')) + '. ' if rng.random() < 0.2 else ''
-        return head + body(fact, rng, split, rng.randint(0, 2))
+    if kind == 'news': return body(fact, rng, split, rng.randint(0, 2))
     n = tail(rng, longest)
     facts = [fact] + [make_fact(fact.co, rng) for _ in range(n - 1)]
     texts = [f'{rng.choice(SECTIONS)}. {body(f, rng, split, rng.randint(1, 4))}' for f in facts]
     return f'Filing of {fact.co.name}. ' + '\n'.join(texts)
 
-# %% ../nbs/01_world.ipynb #fdbd0751
+# %% ../nbs/01_world.ipynb #27352296
 class Product(NamedTuple):
     "A product"
     brand: str   # Who makes it
@@ -497,9 +557,10 @@ def make_product(
     own, model = rng.choice(list(TYPES)), rng.choice('ABDEKMRSTX') + str(rng.randint(1, 99))
     t = type or own
     values = {d: rng.choice(list(VALUES[d])) for d in DIMS[t]}
-    return Product(brand or stem(n, split, 'brand', seed), model, t, values | {d: v for d, v in attrs.items() if d in values})
+    values |= {d: v for d, v in attrs.items() if d in values}
+    return Product(brand or stem(n, split, 'brand', seed), model, t, values)
 
-# %% ../nbs/01_world.ipynb #c7f585fb
+# %% ../nbs/01_world.ipynb #15945673
 TITLES = Frames('''
     {brand} {model} {type}, {list}
     {brand} {type} {model} - {list}
@@ -510,10 +571,12 @@ OPENERS = Frames('''
     The {model} from {brand}: {type}.
     New {type} by {brand}, model {model}.
     * Meet the {type} {brand} calls {model}.''')
-LINES = dict(price='Price band: {v}.;Listed in our {v} range.', colour='Finished in {v}.;Colour: {v}.', material='Made of {v}.;Material: {v}.', body='Built from {v}.;Body: {v}.', function='Known to be {v}.;Praised as {v}.',
-             formula='The formula is {v}.;Label: {v}.',
+LINES = dict(price='Price band: {v}.;Listed in our {v} range.', colour='Finished in {v}.;Colour: {v}.',
+             material='Made of {v}.;Material: {v}.', body='Built from {v}.;Body: {v}.',
              audience='From the {v} collection.;Sold in the {v} department.', feature='The build is {v}.;Tested as {v}.',
-             size='Fit: {v}.;This listing is for {v}.', storage='Comes with {v}.;Offers {v}.', connector='Fitted with {v}.;Plug: {v}.')
+             function='Known to be {v}.;Praised as {v}.', formula='The formula is {v}.;Label: {v}.',
+             size='Fit: {v}.;This listing is for {v}.', storage='Comes with {v}.;Offers {v}.',
+             connector='Fitted with {v}.;Plug: {v}.')
 CHATTER = Frames('''
     Ships within two days.
     Returns are accepted for thirty days.
@@ -525,7 +588,7 @@ CHATTER = Frames('''
     Warranty covers one year.
     * Gift wrapping can be added at checkout.''')
 
-# %% ../nbs/01_world.ipynb #3f819b87
+# %% ../nbs/01_world.ipynb #067ef36c
 def attribute_words(
     attrs:dict,        # Attribute -> value key
     rng:random.Random, # Source of chance
@@ -547,18 +610,19 @@ def shop_document(
     slots = dict(brand=p.brand, model=p.model, type=say(TYPES[p.type], rng, split, 'doc'), list=', '.join(values.values()))
     if kind == 'title': return sentence(TITLES.pick(rng, split).format(**slots))
     lines = [rng.choice(LINES[d].split(';')).format(v=v) for d, v in values.items()]
-    if GOES_WITH[p.type]: lines.append(f'Works with your {say(TYPES[rng.choice(GOES_WITH[p.type])], rng, split, "doc")}.')
+    if p.type in GOES_WITH:
+        lines.append(f'Works with your {say(TYPES[rng.choice(GOES_WITH[p.type])], rng, split, "doc")}.')
     lines += [CHATTER.pick(rng, split) for _ in range(rng.randint(0, 3))]
     rng.shuffle(lines)
     page = ' '.join([sentence(OPENERS.pick(rng, split).format(**slots)), *lines])
     reviews = [review(p, rng, split) for _ in range(tail(rng, longest + 1) - 1)]
     return review(p, rng, split) if kind == 'review' else '\n'.join([page, *reviews])
 
-# %% ../nbs/01_world.ipynb #0bf34416
+# %% ../nbs/01_world.ipynb #5984e897
 REVIEWS = Frames('''
     Review: bought this {brand} {type}, {v1} and {v2}, and would buy again.
     Review: if you want {type} that are {v1}, the {brand} {model} is the one.
-    Review: {stars} stars. My {type} came {v1} as promised, {v2} too.
+    Review: {stars} stars. My {brand} {type} came {v1} as promised, {v2} too.
     Review: {type} by {brand}, {v1}. {stars} stars from me.
     * Review: no complaints about the {brand} {type}, {v2}, {v1}, arrived early.''')
 
@@ -570,9 +634,10 @@ def review(
     "Write a review in a shopper's words"
     vs = list(attribute_words(p.attrs, rng, split, 'query').values())
     rng.shuffle(vs)
-    return REVIEWS.pick(rng, split).format(brand=p.brand, model=p.model, type=say(TYPES[p.type], rng, split), v1=vs[0], v2=vs[-1], stars=rng.randint(3, 5))
+    slots = dict(brand=p.brand, model=p.model, type=say(TYPES[p.type], rng, split), stars=rng.randint(3, 5))
+    return REVIEWS.pick(rng, split).format(**slots, v1=vs[0], v2=vs[-1])
 
-# %% ../nbs/01_world.ipynb #7d45d2b0
+# %% ../nbs/01_world.ipynb #676c3ee2
 QUESTIONS = dict(metric=Frames('''
     how did {metric} at {co} do in {period}
     {co} {metric} {period}
@@ -597,9 +662,9 @@ WANTS = Frames('''
     where to buy {before} {type} {after}
     {before} {type} {after} please
     * any tips on {before} {type} {after} to order''')
-BEFORE = ('price', 'function', 'formula', 'feature', 'colour', 'material', 'body')  # said before the type; the rest is said after
+BEFORE = ('price', 'function', 'formula', 'feature', 'colour', 'material', 'body')  # said before the type, others after
 
-# %% ../nbs/01_world.ipynb #0084efe2
+# %% ../nbs/01_world.ipynb #3c81476c
 class Want(NamedTuple):
     "What a shopper asks for"
     type: str         # Key into `TYPES`
@@ -624,7 +689,8 @@ def shop_query(
     words = attribute_words(want.attrs, rng, split, 'query')
     before = ' '.join(words[d] for d in BEFORE if d in words)
     after = ' '.join([words[d] for d in words if d not in BEFORE] + ([f'by {want.brand}'] if want.brand else []))
-    return ' '.join(WANTS.pick(rng, split).format(before=before, type=say(TYPES[want.type], rng, split), after=after).split())
+    frame, name = WANTS.pick(rng, split), say(TYPES[want.type], rng, split)
+    return ' '.join(frame.format(before=before, type=name, after=after).split())
 
 # %% ../nbs/01_world.ipynb #f9b8a7cf
 def grade(
@@ -647,7 +713,7 @@ def answers(
     if kind == 'event': return (asked.co.sector, asked.event) == (fact.co.sector, fact.event)
     return (asked.co.stem, asked.metric) == (fact.co.stem, fact.metric)
 
-# %% ../nbs/01_world.ipynb #707eb9c2
+# %% ../nbs/01_world.ipynb #0d799495
 def near_facts(
     fact:Fact,         # The right answer
     kind:str,          # The kind of question
@@ -655,18 +721,18 @@ def near_facts(
     rng:random.Random, # Source of chance
 )->list: # Facts that do not answer, the nearest first
     "Make facts that almost answer"
-    metric, event = [rng.choice([k for k in table if k != v]) for table, v in ((METRICS, fact.metric), (EVENTS, fact.event))]
-    quarter = rng.choice([q for q in range(1, 5) if q != fact.quarter])
-    year = rng.choice([y for y in YEARS if y != fact.year])
-    far = other._replace(sector=rng.choice([s for s in SECTORS if s != fact.co.sector]))
+    but = lambda values, value: rng.choice([v for v in values if v != value])
+    metric, event = but(METRICS, fact.metric), but(EVENTS, fact.event)
+    quarter, year = but(range(1, 5), fact.quarter), but(YEARS, fact.year)
+    far, peer = other._replace(sector=but(SECTORS, fact.co.sector)), other._replace(sector=fact.co.sector)
     if kind == 'event':
-        return [fact._replace(co=far), fact._replace(co=other._replace(sector=fact.co.sector), event=event),
-                fact._replace(co=other._replace(sector=fact.co.sector), quarter=quarter), fact._replace(year=year)]
+        return [fact._replace(co=far), fact._replace(co=peer, event=event), fact._replace(co=peer, quarter=quarter),
+                fact._replace(year=year)]
     fresh = dict(percent=rng.randint(2, 39), amount=rng.randint(105, 980))
     return [fact._replace(quarter=quarter, **fresh), fact._replace(metric=metric, **fresh), fact._replace(co=far, **fresh),
             fact._replace(year=year, **fresh)]
 
-# %% ../nbs/01_world.ipynb #17b08ac7
+# %% ../nbs/01_world.ipynb #0333dd79
 def near_products(
     want:Want,         # What is asked
     p:Product,         # A right answer
@@ -676,11 +742,12 @@ def near_products(
     "Make products that almost fit"
     d = rng.choice(list(want.attrs))
     off = {d: rng.choice([v for v in VALUES[d] if v != p.attrs[d]])}
-    fit = [t for t in TYPES if t != p.type and SIBLINGS[t] != SIBLINGS[p.type] and t not in ACCESSORIES[p.type]]
+    fit = [t for t in TYPES if SIBLINGS[t] != SIBLINGS[p.type] and t not in ACCESSORIES[p.type]]
     same = [t for t in fit if set(want.attrs) <= set(DIMS[t])]
     kin = [t for t in TYPES if t != p.type and SIBLINGS[t] == SIBLINGS[p.type]]
     return [make(type=p.type, **{**p.attrs, **off}), make(type=rng.choice(same or fit), brand=want.brand, **want.attrs),
-            make(type=rng.choice(ACCESSORIES[p.type] or kin or fit), **want.attrs), make(type=rng.choice(kin or fit), **p.attrs)]
+            make(type=rng.choice(ACCESSORIES[p.type] or kin or fit), **want.attrs),
+            make(type=rng.choice(kin or fit), **p.attrs)]
 
 # %% ../nbs/01_world.ipynb #abf4eafb
 class Order(NamedTuple):
@@ -690,113 +757,113 @@ class Order(NamedTuple):
     query: Frames   # Questions with {a}, {b} and {who}
     doc: Frames     # Documents with the same
 
-# %% ../nbs/01_world.ipynb #bd8a248e
-ORDERS = dict(acquire=Order('finance', (), Frames('''
-    {a} buying {b}
+# %% ../nbs/01_world.ipynb #934989df
+ORDERS = {}
+ORDERS['acquire'] = Order('finance', (), Frames('''
+    buyer {a} target {b}
+    target {b} buyer {a}
     {b} bought by {a}
-    {a} takes over {b}
-    {b} taken over by {a}
-    * who sold {b} to {a}'''), Frames('''
-    The purchase of {b} by {a} was cleared this week.
-    Now {a} will acquire {b} in a cash deal.
-    Shares in {b} were acquired by {a} on Monday.
-    The firm {a} has agreed the purchase of {b} after long talks.
-    * Talks ended: {a} will acquire {b} for cash.''')), lawsuit=Order('finance', (), Frames('''
-    {a} suing {b}
-    {b} sued by {a}
-    {a} takes {b} to court
-    * court case in which {a} is suing {b}'''), Frames('''
-    The claim by {a} against {b} was heard today.
-    Lawyers said {a} filed a claim against {b} in court.
-    In court {b} must answer a claim by {a} this year.
-    * A judge let {b} answer a claim by {a} in writing.''')), guidance=Order('finance', ('Q1', 'Q2', 'Q3', 'Q4'), Frames('''
+    takeover of {b} by {a}
+    * target {b} bought by {a}'''), Frames('''
+    The takeover of {b} by {a} was cleared this week.
+    This week {b} was bought by {a} in a cash deal.
+    News: buyer {a} and target {b} have signed.
+    News: target {b} and buyer {a} have signed.
+    * News: a takeover of {b} by {a} was announced today.'''))
+ORDERS['guidance'] = Order('finance', ('Q1', 'Q2', 'Q3', 'Q4'), Frames('''
     {who} effect of {a} results on {b} guidance
     {who} {b} guidance after {a} results
     how {a} results changed {b} guidance at {who}
     * did {a} results move {b} guidance at {who}'''), Frames('''
-    After {a} results {who} changed its {b} outlook today.
-    The {b} outlook of {who} moved because of {a} results this time.
-    Given weak {a} results the {b} outlook of {who} was revised.
-    * Its {b} outlook was changed by {who} after {a} results came in.''')), rise_fall=Order('finance',
-        ('revenue', 'debt', 'inventory', 'headcount', 'margin', 'capex', 'costs', 'backlog'), Frames('''
+    After {a} results {who} changed its {b} guidance today.
+    The {b} guidance of {who} moved because of {a} results this time.
+    Given weak {a} results the {b} guidance of {who} was revised.
+    * Its {b} guidance was changed by {who} after {a} results came in.'''))
+ORDERS['rise_fall'] = Order('finance', ('revenue', 'debt', 'inventory', 'margin', 'costs', 'backlog'), Frames('''
     {who} {a} rose while {b} fell
     {who} {b} fell while {a} rose
-    {who} with higher {a} and lower {b}
-    * {who} with lower {b} but higher {a}'''), Frames('''
+    {who} where {a} rose and {b} fell
+    * {who} where {b} fell but {a} rose'''), Frames('''
     At {who} the {a} rose while the {b} fell in the year.
     At {who} the {b} fell while the {a} rose in the year.
-    Results of {who} show higher {a} and lower {b} for the period.
-    Results of {who} show lower {b} and higher {a} for the period.
-    * For {who} it was a year of higher {a} and of lower {b} too.''')), short=Order('finance', (('short', 'long'),), Frames('''
+    Results of {who} show that {b} fell and {a} rose again.
+    * For {who} it was a year when {a} rose but {b} fell a little.'''))
+ORDERS['short'] = Order('finance', (('short', 'long'),), Frames('''
     fund {a} {who} with a {b} report
     {b} report by a fund {a} {who}
-    * a {b} report from the fund that is {a} {who}'''), Frames('''
-    The fund is {a} {who} and its report is {b} this time.
+    * a {b} report on why the fund is {a} {who}'''), Frames('''
+    The fund is {a} {who} and wrote a {b} report this time.
     In a {b} report the fund said that it is {a} {who} now.
-    * It wrote a {b} report to say the fund is {a} {who} again.''')), rating=Order('finance', ('buy', 'hold', 'sell'), Frames('''
-    {who} rating moved from {a} to {b}
-    {who} rating now {b} after {a}
-    {who} now {b} and before {a}
-    * {who} was {a} and is now {b}'''), Frames('''
+    * There is a {b} report to say the fund is {a} {who} again.'''))
+ORDERS['rating'] = Order('finance', ('buy', 'hold', 'sell'), Frames('''
+    {who} rating from {a} to {b}
+    {who} to {b} from {a} rating
+    who moved {who} from {a} to {b}
+    * analyst took {who} from {a} to {b}'''), Frames('''
     Analysts moved {who} from {a} to {b} on Tuesday.
-    The rating of {who} is now {b} after {a} before.
-    Analysts set {who} to {b} from {a} on Tuesday.
-    * On Tuesday {who} went from {a} to {b} at one broker.''')))
+    Analysts moved {who} to {b} from {a} on Tuesday.
+    The rating of {who} went from {a} to {b} at one broker.
+    * On Tuesday {who} went to {b} from {a} at one broker.'''))
 
-# %% ../nbs/01_world.ipynb #c49ddbdc
-ORDERS |= dict(waist=Order('shop', ('26', '28', '30', '32', '34', '36', '38'), Frames('''
+# %% ../nbs/01_world.ipynb #24e8a232
+ORDERS['waist'] = Order('shop', ('26', '28', '30', '32', '34', '36'), Frames('''
     {who} jeans waist {a} leg {b}
     {who} jeans leg {b} waist {a}
     jeans by {who} with waist {a} and leg {b}
-    * pair of {who} jeans leg {b} waist {a}'''), Frames('''
+    * pair of {who} jeans leg {b} and waist {a}'''), Frames('''
     Denim by {who} with waist {a} and leg {b} in stock.
     Denim by {who} with leg {b} and waist {a} in stock.
     The {who} trousers come in leg {b} with waist {a} here.
-    * Trousers in waist {a} from {who} that have leg {b} for you.''')), shoe=Order('shop', ('7', '8', '9', '10', '11', '8.5', '9.5', '10.5'), Frames('''
+    * Trousers in waist {a} from {who} that have leg {b} for you.'''))
+ORDERS['shoe'] = Order('shop', ('7', '8', '9', '10', '8.5', '9.5', '10.5'), Frames('''
     {who} shoes size {a} width {b}
     {who} shoes width {b} size {a}
     shoes by {who} in size {a} and width {b}
-    * {who} pair width {b} size {a}'''), Frames('''
+    * {who} pair in width {b} and size {a}'''), Frames('''
     Footwear by {who} in size {a} and width {b} on sale.
     Footwear by {who} in width {b} and size {a} on sale.
     The {who} pair has width {b} and size {a} on the label.
-    * On the label of the {who} pair: size {a} and width {b} as usual.''')), made_for=Order('shop',
-        (('case', 'phone'), ('lens', 'camera'), ('strap', 'watch'), ('charger', 'laptop'), ('sleeve', 'tablet'), ('lid', 'pan'), ('cover', 'sofa')), Frames('''
-    {who} {a} for a {b}
-    i have a {b} and need a {who} {a}
-    {who} {a} to go with my {b}
-    * my {b} still lacks a {who} {a}'''), Frames('''
+    * On the label of the {who} pair: size {a} and width {b} as usual.'''))
+ORDERS['made_for'] = Order('shop', (('case', 'phone'), ('lens', 'camera'), ('strap', 'watch'), ('charger', 'laptop'),
+                                    ('sleeve', 'tablet'), ('needle', 'turntable')), Frames('''
+    {who} {a} for my {b}
+    for my {b} a {who} {a}
+    i own a {b} and need a {who} {a}
+    * need a {who} {a} for my {b}'''), Frames('''
     This {who} {a} is made for a {b} you own.
-    For a {b} you own there is this {who} {a} alone.
+    For the {b} you own: the {who} {a} alone.
     Sold here: the {who} {a} for your {b} at home.
-    * If you have a {b} then this {who} {a} is for it.''')), colours=Order('shop', ('red', 'blue', 'green', 'black', 'white', 'pink', 'brown', 'yellow'), Frames('''
-    {a} {who} jacket with {b} lining
+    * If you own a {b} then this {who} {a} is for you.'''))
+ORDERS['colours'] = Order('shop', ('red', 'blue', 'green', 'black', 'white', 'pink'), Frames('''
+    {who} jacket with {a} shell and {b} lining
     {who} jacket with {b} lining and {a} shell
     {b} lining and {a} shell {who} jacket
-    * {who} jacket lining {b} shell {a}'''), Frames('''
+    * {who} jacket {a} shell over {b} lining'''), Frames('''
     The {who} jacket has a {a} shell and a {b} lining inside.
     The {who} jacket has a {b} lining and a {a} shell outside.
     Choose the {a} shell with the {b} lining from {who} today.
-    * Inside the {a} shell of this {who} jacket is a {b} lining as well.''')), adapter=Order('shop', ('USB', 'HDMI', 'VGA', 'DVI', 'Ethernet'), Frames('''
+    * Inside the {a} shell of this {who} jacket is a {b} lining as well.'''))
+ORDERS['adapter'] = Order('shop', ('USB', 'HDMI', 'VGA', 'DVI'), Frames('''
     {who} adapter from {a} to {b}
     {who} adapter to {b} from {a}
-    adapter by {who} with {a} in and {b} out
-    * {who} dongle that turns {a} into {b}'''), Frames('''
+    turn signal from {a} to {b} with {who}
+    * {who} dongle from {a} to {b}'''), Frames('''
     The {who} adapter goes from {a} to {b} without drivers.
     An adapter by {who} to {b} from {a} without drivers.
-    The {who} adapter takes {a} in and gives {b} out at once.
-    * With {who} you get {b} out of {a} in one step.''')), packs=Order('shop', ('2', '3', '4', '5', '6', '8', '10', '12'), Frames('''
+    The {who} adapter takes you from {a} to {b} at once.
+    * With {who} you get to {b} from {a} in one step.'''))
+ORDERS['packs'] = Order('shop', ('2', '3', '4', '5', '6', '8', '10', '12'), Frames('''
     {who} {a} packs of {b} filters
     {a} packs with {b} {who} filters each
-    {who} filters, {b} each in {a} packs
-    * order {a} packs by {who} holding {b} filters'''), Frames('''
+    {who} {b} filters each in {a} packs
+    * order {a} packs by {who} with {b} filters'''), Frames('''
     You get {a} packs of {b} filters by {who} in the box.
     With {b} filters each there are {a} packs by {who} in the box.
     In the box are {a} packs by {who} with {b} filters each.
-    * There are {b} filters by {who} in each of {a} packs as shown.''')))
+    * There are {b} filters by {who} in each of {a} packs as shown.'''))
 ORDER_KINDS = {d: [k for k, o in ORDERS.items() if o.domain == d] for d in DOMAINS}
 
-# %% ../nbs/01_world.ipynb #a3ebcaef
+# %% ../nbs/01_world.ipynb #292f7c72
 def order_item(
     n:int,             # Which item
     domain:str,        # 'finance' or 'shop'
@@ -812,11 +879,12 @@ def order_item(
     pool = order.slots or (co.stem, make_company(2 * n + 1, split, seed).stem)
     a, b = rng.sample(rng.choice(pool) if isinstance(pool[0], tuple) else pool, 2)
     query, doc = order.query.pick(rng, split), order.doc.pick(rng, split)
-    aside = ' ' + (CHATTER if domain == 'shop' else ASIDES).pick(rng, split).format(other='revenue') if rng.random() < 0.3 else ''
-    one, two = [doc.format(a=x, b=y, who=who) + aside for x, y in ((a, b), (b, a))]
+    aside = (CHATTER if domain == 'shop' else ASIDES).pick(rng, split).format(other='revenue')
+    tail = ' ' + aside if rng.random() < 0.3 else ''
+    one, two = [doc.format(a=x, b=y, who=who) + tail for x, y in ((a, b), (b, a))]
     if mirror: a, b, one, two = b, a, two, one
     return dict(query=query.format(a=a, b=b, who=who), right=one, wrong=two, domain=domain, kind=kind,
-                label=co.sector if domain == 'finance' else 'order')
+                label=co.sector if domain == 'finance' else '')
 
 # %% ../nbs/01_world.ipynb #63f07e24
 class World:
@@ -826,22 +894,26 @@ class World:
     ): self.seed = seed
     def __repr__(self): return f'World(seed={self.seed})'
 
-# %% ../nbs/01_world.ipynb #f90aef5c
+# %% ../nbs/01_world.ipynb #debad9b8
+ORDER_CATEGORY = dict(waist='clothing', shoe='footwear', made_for='electronics', colours='clothing', adapter='electronics',
+                      packs='kitchen')
+
 def _finance_text(rng, i, split, seed):
     co = make_company(i // 8, split, seed)
     if rng.random() < 0.15:
         it = order_item(rng.randrange(1 << 14), 'finance', split, seed, rng.random() < 0.5)
         return dict(text=it['right'], kind='news', label=it['label'])
-    fact, kind = make_fact(co, rng), rng.choices(('news', 'qa', 'filing'), (5, 3, 2))[0]
-    if kind == 'qa': text = f'Q: {sentence(finance_query(fact, rng.choice(list(QUESTIONS)), rng, split))}? A: {body(fact, rng, split, rng.randint(0, 2))}'
-    else: text = finance_document(fact, kind, rng, split, longest=30)
-    return dict(text=text, kind=kind, label=co.sector)
+    fact, kind = make_fact(co, rng), rng.choices(('headline', 'news', 'qa', 'filing'), (1, 4, 3, 2))[0]
+    if kind != 'qa': text = finance_document(fact, kind, rng, split, longest=30)
+    else:  # here the question is in an analyst's words, so that a language model sees both sides of the lexicon
+        asked = finance_query(fact, rng.choice(list(QUESTIONS)), rng, split)
+        text = f'Q: {sentence(asked)}? A: {body(fact, rng, split, rng.randint(0, 2))}'
+    return dict(text=text, kind='news' if kind == 'headline' else kind, label=co.sector)
 
 def _shop_text(rng, i, split, seed):
     if rng.random() < 0.15:
         it = order_item(rng.randrange(1 << 14), 'shop', split, seed, rng.random() < 0.5)
-        label = dict(waist='clothing', shoe='footwear', made_for='electronics', colours='clothing', adapter='electronics', packs='kitchen')
-        return dict(text=it['right'], kind='title', label=label[it['kind']])
+        return dict(text=it['right'], kind='title', label=ORDER_CATEGORY[it['kind']])
     p, kind = make_product(i // 4, split, seed), rng.choices(('title', 'product', 'review'), (3, 4, 3))[0]
     return dict(text=shop_document(p, kind, rng, split, longest=20), kind=kind, label=CATEGORY[p.type])
 
@@ -865,7 +937,7 @@ def texts(self:World,
     "Stream texts"
     return (self.text(i, split) for i in range(start, start + parse_size(size)))
 
-# %% ../nbs/01_world.ipynb #1525d937
+# %% ../nbs/01_world.ipynb #201bd56a
 def _finance_item(seed, split, n, salt):
     "A question about a company, the fact that answers it, the near misses, and the kind of question"
     rng = stream(seed, split, salt, 'finance', n)
@@ -882,19 +954,21 @@ def _shop_item(seed, split, n, salt):
         asked = rng.sample(DIMS[p.type], rng.choice((1, 2, 2)))
         attrs = {d: p.attrs[d] for d in DIMS[p.type] if d in asked}
         return (p.type, *attrs.items()), (p, Want(p.type, attrs, p.brand if rng.random() < 0.3 else None))
+    def again(brand=None, **given):
+        brand = brand or stem(4 * n + rng.randint(1, 9), split, 'brand', seed)
+        return make_product(rng.randrange(1 << 30), split, seed, brand=brand, **given)
     p, want = draw(split, make)
-    new = iter(range(1, 1 << 30))
-    again = lambda brand=None, **kw: make_product(rng.randrange(1 << 30), split, seed, brand=brand or stem(4 * n + next(new), split, 'brand', seed), **kw)
     return rng, want, p, near_products(want, p, again, rng), again
 
-# %% ../nbs/01_world.ipynb #528904b4
+# %% ../nbs/01_world.ipynb #2af45f56
 KINDS = dict(finance=(('news', 'qa', 'filing'), (6, 2, 2)), shop=(('title', 'product'), (4, 6)))
 
 def _kind(rng, domain): return rng.choices(*KINDS[domain])[0]
-def _key(*parts): return '/'.join(str(p) for p in parts)
+def _key(*parts): return '/'.join(str(p) for p in parts if p)
+def _want_key(w): return _key('shop', w.type, *[f'{d}={v}' for d, v in w.attrs.items()], w.brand)
 def _fact_key(kind, f):
-    return _key('finance', 'event', f.co.sector, f.event, f.year, f.quarter) if kind == 'event' else _key('finance', f.co.stem, f.metric, f.year, f.quarter)
-def _want_key(w): return _key('shop', w.type, *[f'{d}={v}' for d, v in w.attrs.items()], *([w.brand] if w.brand else []))
+    what = (f.co.sector, f.event) if kind == 'event' else (f.co.stem, f.metric)
+    return _key('finance', *what, f.year, f.quarter)
 
 # %% ../nbs/01_world.ipynb #2c8250b2
 @patch
@@ -939,7 +1013,7 @@ def order_items(self:World,
     items = [order_item(j // 2, DOMAINS[j // 2 % 2], check_split(split), self.seed, mirror=j % 2 == 1) for j in range(n)]
     return [{k: it[k] for k in ('query', 'right', 'wrong', 'domain', 'kind')} for it in items]
 
-# %% ../nbs/01_world.ipynb #9a4f4a17
+# %% ../nbs/01_world.ipynb #ddcb3ffc
 ORDER_SHARE = 0.15  # of the questions of a retrieval set
 
 def _finance_set(seed, split, n, salt):
@@ -954,14 +1028,16 @@ def _shop_set(seed, split, n, salt):
     rng, want, p, near, again = _shop_item(seed, split, n, salt)
     more = [again(type=p.type, **(p.attrs if rng.random() < 0.5 else {})), again()]
     docs = [(shop_document(q, _kind(rng, 'shop'), rng, split), q) for q in [p, *near, *more]]
-    return docs, shop_query(want, rng, split), 'brand' if want.brand else 'want', lambda q: GAINS[grade(want, q)] if isinstance(q, Product) else 0.
+    judge = lambda q: GAINS[grade(want, q)] if isinstance(q, Product) else 0.0
+    return docs, shop_query(want, rng, split), 'brand' if want.brand else 'want', judge
 
 def _order_set(seed, split, n, domain):
     "The same for one item of the order part"
     it = order_item(n, domain, split, seed, mirror=bool(n % 2))
-    return [(it['right'], it['right']), (it['wrong'], it['wrong'])], it['query'], f"order/{it['kind']}", lambda d: float(d == it['right'])
+    docs = [(it[k], it[k]) for k in ('right', 'wrong')]
+    return docs, it['query'], f"order/{it['kind']}", lambda d: float(d == it['right'])
 
-# %% ../nbs/01_world.ipynb #fe7d0bcd
+# %% ../nbs/01_world.ipynb #1d5fc744
 @patch
 def retrieval(self:World,
     domain:str,        # 'finance' or 'shop'
@@ -973,22 +1049,47 @@ def retrieval(self:World,
     if domain not in DOMAINS: raise ChromaError(f"domain {domain!r} does not exist; the world has {', '.join(DOMAINS)}")
     check_split(split)
     base, step = seed * queries, int(1 / ORDER_SHARE)
+    plain = _finance_set if domain == 'finance' else _shop_set
     sets = [_order_set(self.seed, split, base + j, domain) if j % step == step - 1 else
-            (_finance_set if domain == 'finance' else _shop_set)(self.seed, split, base + j, 'retrieval') for j in range(queries)]
+            plain(self.seed, split, base + j, 'retrieval') for j in range(queries)]
     owned = [(j, doc) for j, s in enumerate(sets) for doc in s[0]]
     stream(self.seed, split, domain, 'shuffle', seed).shuffle(owned)  # a tie should not favour the right one
-    ids = [f'd{k}' for k in range(len(owned))]
-    qids = [f'q{j}' for j in range(queries)]
-    qrels = {q: {d: g for d, (owner, (_, thing)) in zip(ids, owned) if (g := s[3](thing)) or owner == j} for j, (q, s) in enumerate(zip(qids, sets))}
-    return dict(corpus={d: text for d, (_, (text, _)) in zip(ids, owned)}, queries={q: s[1] for q, s in zip(qids, sets)},
-                qrels=qrels, kinds={q: s[2] for q, s in zip(qids, sets)})
+    corpus = {f'd{k}': text for k, (_, (text, _)) in enumerate(owned)}
+    qrels = {f'q{j}': {f'd{k}': g for k, (owner, (_, thing)) in enumerate(owned) if (g := judge(thing)) or owner == j}
+             for j, (_, _, _, judge) in enumerate(sets)}
+    return dict(corpus=corpus, queries={f'q{j}': s[1] for j, s in enumerate(sets)}, qrels=qrels,
+                kinds={f'q{j}': s[2] for j, s in enumerate(sets)})
 
-# %% ../nbs/01_world.ipynb #16687e19
-def _finance_sts(rng, split, co, other, keep):
-    "Two reports and how alike they are: metric 2, company, period and direction 1 each"
-    f = make_fact(co, rng)
-    near = near_facts(f, 'metric', other, rng)
-    change = dict(metric=near[1].metric, co=other, quarter=near[0].quarter, up=not f.up)
-    g = f._replace(**{k: v for k, v in change.items() if k not in keep})
-    report = lambda f: sentence(REPORTS.pick(rng, split).format(**fact_words(f, rng, split, 'doc')))
-    return report(f), report(g), sum({'metric': 2}.get(k, 1) for k in keep)
+# %% ../nbs/01_world.ipynb #222e22e0
+def _finance_sts(rng, n, split, seed):
+    "Two reports and the facts they share"
+    f = make_fact(make_company(2 * n, split, seed), rng)
+    keep = rng.random()
+    other = make_fact(make_company(2 * n + 1, split, seed), rng)._asdict()
+    g = f._replace(**{k: v for k, v in other.items() if rng.random() > keep})
+    score = 2 * (f.metric == g.metric) + (f.co == g.co) + ((f.year, f.quarter) == (g.year, g.quarter)) + (f.up == g.up)
+    return *[sentence(REPORTS.pick(rng, split).format(**fact_words(x, rng, split, 'doc'))) for x in (f, g)], score
+
+def _shop_sts(rng, n, split, seed):
+    "Two products and what they share"
+    p, other = make_product(2 * n, split, seed), make_product(2 * n + 1, split, seed)
+    keep = rng.random()
+    kept = lambda mine, theirs: mine if rng.random() < keep else theirs
+    near = rng.choice([t for t in TYPES if SIBLINGS[t] == SIBLINGS[p.type]])
+    q = make_product(2 * n + 1, split, seed, brand=kept(p.brand, other.brand), type=kept(p.type, kept(near, other.type)),
+                     **{d: v for d, v in p.attrs.items() if rng.random() < keep})
+    alike = 2 if p.type == q.type else int(SIBLINGS[p.type] == SIBLINGS[q.type])
+    score = alike + (p.brand == q.brand) + 2 * sum(q.attrs.get(d) == v for d, v in p.attrs.items()) / len(p.attrs)
+    return *[shop_document(x, 'title', rng, split) for x in (p, q)], score
+
+# %% ../nbs/01_world.ipynb #a21dab59
+@patch
+def sts(self:World,
+    n:int,            # How many
+    split:str='test', # Their split
+)->list: # dicts of a, b, score (0 to 5), domain
+    "Make pairs of texts with a score for how much they share"
+    make = _finance_sts, _shop_sts
+    check_split(split)
+    rows = [make[i % 2](stream(self.seed, split, 'sts', i), i, split, self.seed) for i in range(n)]
+    return [dict(a=a, b=b, score=float(score), domain=DOMAINS[i % 2]) for i, (a, b, score) in enumerate(rows)]

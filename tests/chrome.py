@@ -42,10 +42,12 @@ class Chrome:
         if 'exceptionDetails' in r: raise RuntimeError(f'{code}: {r["exceptionDetails"]}')
         return r['result'].get('value')
 
+    def size(self, width, height): self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
+
     def open(self, address, width=1300, height=900):
         "Load a page, wait until it is drawn, and return the events on the way."
         self.events = []
-        self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.size(width, height)
         self.send('Page.navigate', url=address)
         while not any(e['method']=='Page.loadEventFired' for e in self.events): self.receive()
         self.js('window.MathJax?.startup?.promise?.then(() => 1)')

@@ -38,11 +38,12 @@ def test_links():
     assert f('[c](99_missing.ipynb)')=='[c](99_missing.ipynb)', 'left for Sphinx to refuse'
 
 def test_card():
-    label,line,text = prep.card('need', 'config')
-    assert label=='config.need' and line>0
-    assert text.startswith('(config.need)=\n## need\n') and 'ok:bool, # the condition' in text and '[in the book](#book.config.need)' in text
+    label,text = prep.card('need', 'config')
+    assert label=='config.need'
+    assert text.startswith('(config.need)=\n## need\n\n```python\ndef need(') and 'ok:bool, # the condition' in text
+    assert '[in the book](#book.config.need)' in text
     assert '/config.html#configerror)' in text, 'names in a docstring are links'
-    assert '# H, attention heads' in prep.card('AttentionConfig', 'config')[2], 'fields of a dataclass have their comments'
+    assert '# H, attention heads' in prep.card('AttentionConfig', 'config')[1], 'fields of a dataclass have their comments'
 
 def test_convert():
     exported = '#| code-fold: show\n#| code-summary: "Exported source"\n'
@@ -127,7 +128,7 @@ def test_every_page_in_browser(browser, pages):
         found,drawn,bad = count('span.math, div.math'), count('.math mjx-container'), count('mjx-merror')
         maths += drawn
         if drawn<found or bad: wrong.append((p.name, f'{drawn} of {found} formulas drawn, {bad} with errors'))
-        browser.open(p.as_uri(), width=390, height=800)
+        browser.size(390, 800)
         width = browser.js('document.documentElement.scrollWidth')
         if width>390: wrong.append((p.name, f'{width} pixels wide on a phone of 390'))
     assert not wrong

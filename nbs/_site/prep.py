@@ -43,11 +43,10 @@ def links(s, labels, names):
     return re.sub(r'\]\((?!https?:)([\w./-]*?)([\w-]+)\.ipynb', lambda m: f']({m[1]}{names.get(m[2],m[2])}.ipynb', s)
 
 def card(name, page):
-    "The reference of one name: its label, its line in the module (the order of cards), and its text."
+    "The reference of one name: its label and its text."
     text = NbdevLookup().linkify(show_doc(attrgetter(name)(import_module(f'{cfg.lib_name}.{page}')))._repr_markdown_())
-    source,text = re.match(r'---\s+(?:\[source\]\((.*?)\)\{.*?\}\s+)?#+ \S+\n(.*)', text, flags=re.S).groups()
-    label,line = f'{page}.{name.lower()}', int((source or '#L0').rpartition('#L')[2])
-    return label, line, f'({label})=\n## {name}\n{text}\n\n{{.in-book}}\n[in the book](#book.{label})\n'
+    label,text = f'{page}.{name.lower()}', re.sub(r'.*?^#+ \S+\n', '', text, count=1, flags=re.M|re.S)
+    return label, f'({label})=\n## {name}\n{text}\n\n{{.in-book}}\n[in the book](#book.{label})\n'
 
 def convert(nb, page):
     "Name, title, cells and reference cards of one processed notebook."
@@ -56,13 +55,13 @@ def convert(nb, page):
         s = c.source
         if c.cell_type=='raw': meta = yaml.safe_load(s.strip().strip('-')); page = Path(meta['output-file']).stem
         elif c.cell_type=='markdown': cells += [] if s.startswith('<!-- WARNING') else [mk_cell(callouts(s), 'markdown')]
-        elif shown := re.search(r'^show_doc\((\S+)\)', s, flags=re.M): cards.append(card(shown[1], page))
-        else:
+        elif 'show_doc(' not in s:
             exported,c.source = 'Exported source' in s, re.sub(r'^#\|.*\n?', '', s, flags=re.M)
             tree = ast.parse(c.source).body if exported else []
             if exported and all(isinstance(o, ast.Import|ast.ImportFrom) for o in tree): continue
-            names = [showdoc_nm(o).lower() for o in tree if isinstance(o, ast.FunctionDef|ast.ClassDef) and o.name[0]!='_']
-            if names: cells.append(mk_cell('\n'.join(f'(book.{page}.{o})=' for o in names), 'markdown'))
+            new = [card(showdoc_nm(o), page) for o in tree if isinstance(o, ast.FunctionDef|ast.ClassDef) and o.name[0]!='_']
+            if new: cells.append(mk_cell('\n'.join(f'(book.{label})=' for label,_ in new), 'markdown'))
+            cards += new
             c.metadata = {}; cells.append(c)
     title = meta.get('title', page)
     head = f"# {title}\n" + (f"\n> {meta['description']}\n" if meta.get('description') else '')
@@ -103,7 +102,7 @@ def build(out=root/'doc_src'):
         folder = f.parent.relative_to(cache); (out/folder).mkdir(parents=True, exist_ok=True)
         if f.suffix!='.ipynb': shutil.copy(f, out/folder); continue
         page,title,cells,cards = convert(read_nb(f), f.stem)
-        done.append((folder, f.stem, page, title, cells, cards)); names[f.stem] = page; labels.update(label for label,*_ in cards)
+        done.append((folder, f.stem, page, title, cells, cards)); names[f.stem] = page; labels.update(dict(cards))
     toc = {'The book':[], 'Tutorials':[], 'How-to':[], 'Reference':[], 'Project':[]}
     for folder,stem,page,title,cells,cards in done:
         if page=='index': (root/'README.md').write_text(readme(cells), encoding='utf-8'); index = cells
@@ -112,9 +111,9 @@ def build(out=root/'doc_src'):
         number = f'{int(stem[:2])} · ' if section=='The book' else ''
         if page!='index': toc[section].append(f'{number}{title} <{folder/page}>'); write(out/folder/f'{page}.ipynb', cells)
         if cards:
-            text = '\n'.join(text for *_,text in sorted(cards, key=lambda o: o[1])); toc['Reference'].append(f'api/{page}')
+            toc['Reference'].append(f'api/{page}')
             head = f'# {cfg.lib_name}.{page}\n\n> The names that the chapter [{title}](../{stem}.ipynb) defines, in its order.'
-            put(out/f'api/{page}.md', links(f'{head}\n\n{text}', labels, names))
+            put(out/f'api/{page}.md', links('\n\n'.join([head]+[text for _,text in cards]), labels, names))
     put(out/'howto/commands.md', links(commands(), labels, names)); toc['How-to'].append('howto/commands')
     for name in ('CHANGELOG','CITATION'): shutil.copy(root/f'{name}.md', out/f'{name.lower()}.md'); toc['Project'].append(name.lower())
     tree = '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(v) + '\n```' for k,v in toc.items() if v)
