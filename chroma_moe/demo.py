@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIXED_MINUTES', 'PRETRAIN_SHARE', 'PRETRAIN_RATE', 'TUNE_RATE', 'PAIRS', 'TEXTS', 'STAGES', 'FILES', 'demo_config',
-           'Stages', 'domain_routing', 'sample_searches', 'map_points', 'demo_pairs', 'bag_config', 'summarise',
-           'summary_table', 'chroma_demo']
+           'Stages', 'domain_routing', 'sample_searches', 'map_points', 'demo_texts', 'demo_pairs', 'bag_config',
+           'summarise', 'summary_table', 'chroma_demo']
 
-# %% ../nbs/26_demo.ipynb #35303e71
+# %% ../nbs/26_demo.ipynb #fb48f2e1
 import itertools, json, os, shutil, time
 from pathlib import Path
 import torch
@@ -23,14 +23,14 @@ from .moe import RoutingStats, routing_summary
 from .training import MetricsLog, read_metrics, tune_cpu
 from .pretrain import pretrain
 from .tune import tokenise_pairs, tune
-from .evaluation import TokenBag, evaluate_world
+from .evaluation import TokenBag, evaluate_world, world_tests
 from .report import write_report
 
-# %% ../nbs/26_demo.ipynb #9a480eef
+# %% ../nbs/26_demo.ipynb #d86a112f
 FIXED_MINUTES = 0.75                   # data, tokenizer, bag, evaluation, report
 PRETRAIN_SHARE = 0.3                   # of the training time
 PRETRAIN_RATE,TUNE_RATE = 150,260      # steps a minute on two CPU cores
-PAIRS,TEXTS = 32_000,10_000            # at most
+PAIRS,TEXTS = 32_000,10_000            # at most; a short run reads fewer
 
 def demo_config(
     minutes:float=4.5, # on two CPU cores
@@ -41,7 +41,8 @@ def demo_config(
     training = max(0.1, minutes-FIXED_MINUTES)
     steps = {k: max(5, round(training*share*rate)) for k,share,rate in
              (('pretrain', PRETRAIN_SHARE, PRETRAIN_RATE), ('tune', 1-PRETRAIN_SHARE, TUNE_RATE))}
-    return load_config(profile='tiny', sets=[f'data.seed={seed}', 'data.max_length=256', 'pretrain.batch_tokens=4096', f'pretrain.seed={seed}',
+    queries = 200 if minutes>=1 else 20                                            # a run this short is only a check of the machine
+    return load_config(profile='tiny', sets=[f'data.seed={seed}', 'data.max_length=256', f'evaluate.queries={queries}', f'evaluate.order_items={2*queries}', 'pretrain.batch_tokens=4096', f'pretrain.seed={seed}',
         f'tune.seed={seed}', 'tune.batch_pairs=64', *(f'{k}.steps={n}' for k,n in steps.items())])
 
 # %% ../nbs/26_demo.ipynb #2385cde8
@@ -138,17 +139,22 @@ def map_points(
     axes = axes * axes.sum(1, keepdim=True).sign()                                 # a direction of its own, not the library's
     return [dict(x=round(x, 4), y=round(y, 4), domain=r['domain'], label=r['label'], text=r['text'][:160]) for r,(x,y) in zip(rows, (e@axes.T).tolist())]
 
-# %% ../nbs/26_demo.ipynb #3959161e
+# %% ../nbs/26_demo.ipynb #7316b3c0
+def demo_texts(c):
+    "As many texts as the steps of phase 1 can use."
+    n = min(TEXTS, max(1000, c.pretrain.steps*c.pretrain.batch_tokens//20))
+    return [r['text'] for r in texts(c.data.source, n, c.data.seed)]
+
 def _tokenizer(c):
     def make(folder):
-        words = (r['text'] for r in texts(c.data.source, TEXTS, c.data.seed))
-        questions = (p['query'] for p in pairs(c.data.source, TEXTS//2, c.data.seed))
+        words = demo_texts(c)
+        questions = (p['query'] for p in pairs(c.data.source, len(words)//2, c.data.seed))
         ChromaTokenizer.train(itertools.chain(words, questions), c.model.vocab_size).save(folder)
     return make
 
 def _pretrained(c, stages, tokenizer, progress):
     def make(folder):
-        ids = tokenizer.encode([r['text'] for r in texts(c.data.source, TEXTS, c.data.seed)], max_length=c.data.max_length)
+        ids = tokenizer.encode(demo_texts(c), max_length=c.data.max_length)
         ChromaMoE(pretrain(c, ids, stages.log('pretrain'), progress), tokenizer, c.data.max_length).save_pretrained(folder)
     return make
 
@@ -160,9 +166,9 @@ def demo_pairs(c, tokenizer):
 def bag_config(c, steps=400):
     "The bag learns fast: few steps at a high rate are its best."
     return load_config(profile='tiny', sets=[f'tune.steps={min(steps, c.tune.steps)}', 'tune.lr=0.02', f'tune.batch_pairs={c.tune.batch_pairs}',
-                                             f'tune.seed={c.tune.seed}', f'data.seed={c.data.seed}'])
+                                             f'tune.seed={c.tune.seed}'])
 
-# %% ../nbs/26_demo.ipynb #266e6e3a
+# %% ../nbs/26_demo.ipynb #918a27ac
 def summarise(
     c:Config,
     chroma:ChromaMoE,
@@ -171,7 +177,8 @@ def summarise(
 ) -> dict:
     "Scores of the trained model and of its baselines, on unseen entities."
     untrained = ChromaMoE(ChromaModel(c.model, c.pretrain.seed), chroma.tokenizer, c.data.max_length)
-    scores = {name: evaluate_world(encoder, c) for name,encoder in dict(bm25=None, untrained=untrained, bag=bag, trained=chroma).items()}
+    tests = world_tests(c)
+    scores = {name: evaluate_world(encoder, tests) for name,encoder in dict(bm25=None, untrained=untrained, bag=bag, trained=chroma).items()}
     last = [[r for r in rows if r['phase']==p][-1] for p in ('pretrain','tune')]
     tokens,seconds = sum(r['tokens'] for r in last), sum(r['tokens']/r['tokens_per_second'] for r in last)
     return {**{d: {name: s[d] for name,s in scores.items()} for d in DOMAINS},
@@ -187,7 +194,20 @@ def summary_table(s:dict) -> str:
     o = s['order_part']
     return '\n'.join([*lines, '', f"order and numbers, right of two: bag {o['bag']:.3f} (it cannot see order), trained {o['trained']:.3f}"])
 
-# %% ../nbs/26_demo.ipynb #491b4c83
+# %% ../nbs/26_demo.ipynb #135d0af9
+def _verdict(grade): return 'right' if grade==1 else 'close' if grade else 'wrong'
+
+def _tell(out, s, searches=()):
+    "Print searches, the summary, and where things are."
+    for f in searches:
+        if f.get('order'): continue
+        print(f['query'])
+        for h in f['hits'][:2]: print(f"   {h['score']:.2f} {_verdict(h['grade']):7}{h['text'][:88]}")
+    print('\n' + summary_table(s))
+    print(f"\n{s['seconds']:.0f} s, {s['tokens_per_second']:,} tokens/s in training\nmodel      {out/'model'}\nreport     {out/'report.html'}"
+          f"\nfigures    {out/'summary.json'}, {out/'metrics.jsonl'}")
+
+# %% ../nbs/26_demo.ipynb #cfd7dd8e
 @cli
 def chroma_demo(
     minutes:float=4.5,       # length on two CPU cores; fixes the number of steps
@@ -233,11 +253,3 @@ def chroma_demo(
     write_report(stages.out/'report.html', rows, s, domain_routing(chroma, world), searches, map_points(chroma, world))
     _write(stages.out/'summary.json', json.dumps(s, indent=2)+'\n')
     print(); _tell(stages.out, s, searches)
-
-def _tell(out, s, searches=()):
-    "Print searches, the summary, and where things are."
-    for f in [f for f in searches if not f.get('order')][:4]:
-        print(f"{f['query']}"); [print(f"   {h['score']:.2f} {'right' if h['grade'] else 'wrong':6}{h['text'][:88]}") for h in f['hits'][:2]]
-    print('\n' + summary_table(s))
-    print(f"\n{s['seconds']:.0f} s, {s['tokens_per_second']:,} tokens/s in training\nmodel      {out/'model'}\nreport     {out/'report.html'}"
-          f"\nfigures    {out/'summary.json'}, {out/'metrics.jsonl'}")

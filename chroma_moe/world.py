@@ -7,11 +7,12 @@ __all__ = ['DOMAINS', 'SPLITS', 'GAINS', 'HEADS', 'JOINTS', 'VOWELS', 'CONSONANT
            'SECTORS', 'UP', 'DOWN', 'TYPES', 'SHELVES', 'GOES_WITH', 'VALUES', 'CATEGORY', 'SIBLINGS', 'DIMS',
            'ACCESSORIES', 'SHARED', 'HELD', 'ENDINGS', 'YEARS', 'PERIODS', 'UNITS', 'REPORTS', 'CAUSES', 'ASIDES',
            'HEADLINES', 'SECTIONS', 'ASKS', 'TITLES', 'OPENERS', 'LINES', 'CHATTER', 'REVIEWS', 'QUESTIONS', 'WANTS',
-           'BEFORE', 'ORDERS', 'ORDER_KINDS', 'ORDER_CATEGORY', 'KINDS', 'ORDER_SHARE', 'parse_size', 'stream',
-           'check_split', 'split_of', 'stem', 'owns', 'draw', 'Concept', 'lexicon', 'say', 'Frames', 'sentence',
-           'Company', 'Fact', 'make_company', 'make_fact', 'amount', 'fact_words', 'body', 'tail', 'finance_document',
-           'Product', 'make_product', 'attribute_words', 'shop_document', 'review', 'Want', 'finance_query',
-           'shop_query', 'grade', 'answers', 'near_facts', 'near_products', 'Order', 'order_item', 'World']
+           'BEFORE', 'ORDERS', 'ORDER_KINDS', 'ORDER_CATEGORY', 'ORDER_PAIRS', 'KINDS', 'ORDER_SHARE', 'parse_size',
+           'stream', 'check_split', 'split_of', 'stem', 'owns', 'draw', 'Concept', 'lexicon', 'say', 'Frames',
+           'sentence', 'Company', 'Fact', 'make_company', 'make_fact', 'amount', 'fact_words', 'body', 'tail',
+           'finance_document', 'Product', 'make_product', 'attribute_words', 'shop_document', 'review', 'Want',
+           'finance_query', 'shop_query', 'grade', 'answers', 'near_facts', 'near_products', 'Order', 'order_item',
+           'World']
 
 # %% ../nbs/01_world.ipynb #3ad0e0fe
 import random, re
@@ -354,8 +355,8 @@ CATEGORY, SIBLINGS, DIMS = [{t: row[k] for t, row in _shelves(SHELVES)} for k in
 GOES_WITH = {k.strip(): v.split() for k, v in (part.split(':') for part in GOES_WITH.split(';'))}  # accessory -> of what
 ACCESSORIES = {t: [a for a, base in GOES_WITH.items() if t in base] for t in TYPES}               # what -> accessories
 
-# %% ../nbs/01_world.ipynb #f047c270
-SHARED, HELD = 0.3, 0.07  # how often a question uses the document's word; how often a held-out one
+# %% ../nbs/01_world.ipynb #a87f0a1d
+SHARED, HELD = 0.35, 0.09  # how often a question uses the document's word; how often a held-out one
 
 def say(
     concept:Concept,   # What to say
@@ -757,19 +758,21 @@ class Order(NamedTuple):
     query: Frames   # Questions with {a}, {b} and {who}
     doc: Frames     # Documents with the same
 
-# %% ../nbs/01_world.ipynb #934989df
+# %% ../nbs/01_world.ipynb #d5fff8c7
 ORDERS = {}
 ORDERS['acquire'] = Order('finance', (), Frames('''
     buyer {a} target {b}
     target {b} buyer {a}
     {b} bought by {a}
     takeover of {b} by {a}
+    bid by {a} for {b}
     * target {b} bought by {a}'''), Frames('''
     The takeover of {b} by {a} was cleared this week.
+    A bid by {a} for {b} was cleared this week.
     This week {b} was bought by {a} in a cash deal.
     News: buyer {a} and target {b} have signed.
-    News: target {b} and buyer {a} have signed.
-    * News: a takeover of {b} by {a} was announced today.'''))
+    * News: a takeover of {b} by {a} was announced today.
+    * This week a bid by {a} for {b} was announced.'''))
 ORDERS['guidance'] = Order('finance', ('Q1', 'Q2', 'Q3', 'Q4'), Frames('''
     {who} effect of {a} results on {b} guidance
     {who} {b} guidance after {a} results
@@ -778,7 +781,9 @@ ORDERS['guidance'] = Order('finance', ('Q1', 'Q2', 'Q3', 'Q4'), Frames('''
     After {a} results {who} changed its {b} guidance today.
     The {b} guidance of {who} moved because of {a} results this time.
     Given weak {a} results the {b} guidance of {who} was revised.
-    * Its {b} guidance was changed by {who} after {a} results came in.'''))
+    Its {b} guidance was moved by {who} after {a} results today.
+    * With {a} results out {who} revised its {b} guidance at once.
+    * Its {b} guidance was changed by {who} once {a} results came in.'''))
 ORDERS['rise_fall'] = Order('finance', ('revenue', 'debt', 'inventory', 'margin', 'costs', 'backlog'), Frames('''
     {who} {a} rose while {b} fell
     {who} {b} fell while {a} rose
@@ -786,14 +791,17 @@ ORDERS['rise_fall'] = Order('finance', ('revenue', 'debt', 'inventory', 'margin'
     * {who} where {b} fell but {a} rose'''), Frames('''
     At {who} the {a} rose while the {b} fell in the year.
     At {who} the {b} fell while the {a} rose in the year.
+    Results of {who} show that {a} rose and {b} fell again.
     Results of {who} show that {b} fell and {a} rose again.
-    * For {who} it was a year when {a} rose but {b} fell a little.'''))
+    * For {who} it was a year when {a} rose but {b} fell a little.
+    * For {who} it was a year when {b} fell but {a} rose a little.'''))
 ORDERS['short'] = Order('finance', (('short', 'long'),), Frames('''
     fund {a} {who} with a {b} report
     {b} report by a fund {a} {who}
     * a {b} report on why the fund is {a} {who}'''), Frames('''
     The fund is {a} {who} and wrote a {b} report this time.
     In a {b} report the fund said that it is {a} {who} now.
+    * Being {a} {who} the fund sent a {b} report to clients.
     * There is a {b} report to say the fund is {a} {who} again.'''))
 ORDERS['rating'] = Order('finance', ('buy', 'hold', 'sell'), Frames('''
     {who} rating from {a} to {b}
@@ -803,9 +811,11 @@ ORDERS['rating'] = Order('finance', ('buy', 'hold', 'sell'), Frames('''
     Analysts moved {who} from {a} to {b} on Tuesday.
     Analysts moved {who} to {b} from {a} on Tuesday.
     The rating of {who} went from {a} to {b} at one broker.
-    * On Tuesday {who} went to {b} from {a} at one broker.'''))
+    The rating of {who} went to {b} from {a} at one broker.
+    * On Tuesday {who} went from {a} to {b} at a big bank.
+    * On Tuesday {who} went to {b} from {a} at a big bank.'''))
 
-# %% ../nbs/01_world.ipynb #24e8a232
+# %% ../nbs/01_world.ipynb #69a313a5
 ORDERS['waist'] = Order('shop', ('26', '28', '30', '32', '34', '36'), Frames('''
     {who} jeans waist {a} leg {b}
     {who} jeans leg {b} waist {a}
@@ -813,8 +823,10 @@ ORDERS['waist'] = Order('shop', ('26', '28', '30', '32', '34', '36'), Frames('''
     * pair of {who} jeans leg {b} and waist {a}'''), Frames('''
     Denim by {who} with waist {a} and leg {b} in stock.
     Denim by {who} with leg {b} and waist {a} in stock.
+    The {who} trousers come in waist {a} with leg {b} here.
     The {who} trousers come in leg {b} with waist {a} here.
-    * Trousers in waist {a} from {who} that have leg {b} for you.'''))
+    * Trousers in waist {a} from {who} that have leg {b} for you.
+    * Trousers in leg {b} from {who} that have waist {a} for you.'''))
 ORDERS['shoe'] = Order('shop', ('7', '8', '9', '10', '8.5', '9.5', '10.5'), Frames('''
     {who} shoes size {a} width {b}
     {who} shoes width {b} size {a}
@@ -822,10 +834,11 @@ ORDERS['shoe'] = Order('shop', ('7', '8', '9', '10', '8.5', '9.5', '10.5'), Fram
     * {who} pair in width {b} and size {a}'''), Frames('''
     Footwear by {who} in size {a} and width {b} on sale.
     Footwear by {who} in width {b} and size {a} on sale.
+    The {who} pair has size {a} and width {b} on the label.
     The {who} pair has width {b} and size {a} on the label.
-    * On the label of the {who} pair: size {a} and width {b} as usual.'''))
-ORDERS['made_for'] = Order('shop', (('case', 'phone'), ('lens', 'camera'), ('strap', 'watch'), ('charger', 'laptop'),
-                                    ('sleeve', 'tablet'), ('needle', 'turntable')), Frames('''
+    * On the label of the {who} pair: size {a} and width {b} as usual.
+    * On the label of the {who} pair: width {b} and size {a} as usual.'''))
+ORDERS['made_for'] = Order('shop', (('case', 'phone'), ('lens', 'camera'), ('strap', 'watch'), ('charger', 'laptop')), Frames('''
     {who} {a} for my {b}
     for my {b} a {who} {a}
     i own a {b} and need a {who} {a}
@@ -833,6 +846,8 @@ ORDERS['made_for'] = Order('shop', (('case', 'phone'), ('lens', 'camera'), ('str
     This {who} {a} is made for a {b} you own.
     For the {b} you own: the {who} {a} alone.
     Sold here: the {who} {a} for your {b} at home.
+    Made for your {b} at home: this {who} {a} alone.
+    * New {who} {a} for any {b} you have.
     * If you own a {b} then this {who} {a} is for you.'''))
 ORDERS['colours'] = Order('shop', ('red', 'blue', 'green', 'black', 'white', 'pink'), Frames('''
     {who} jacket with {a} shell and {b} lining
@@ -842,7 +857,9 @@ ORDERS['colours'] = Order('shop', ('red', 'blue', 'green', 'black', 'white', 'pi
     The {who} jacket has a {a} shell and a {b} lining inside.
     The {who} jacket has a {b} lining and a {a} shell outside.
     Choose the {a} shell with the {b} lining from {who} today.
-    * Inside the {a} shell of this {who} jacket is a {b} lining as well.'''))
+    Choose the {b} lining with the {a} shell from {who} today.
+    * Inside the {a} shell of this {who} jacket is a {b} lining as well.
+    * Here a {b} lining meets a {a} shell by {who} again.'''))
 ORDERS['adapter'] = Order('shop', ('USB', 'HDMI', 'VGA', 'DVI'), Frames('''
     {who} adapter from {a} to {b}
     {who} adapter to {b} from {a}
@@ -851,6 +868,8 @@ ORDERS['adapter'] = Order('shop', ('USB', 'HDMI', 'VGA', 'DVI'), Frames('''
     The {who} adapter goes from {a} to {b} without drivers.
     An adapter by {who} to {b} from {a} without drivers.
     The {who} adapter takes you from {a} to {b} at once.
+    The {who} adapter takes you to {b} from {a} at once.
+    * With {who} you get from {a} to {b} in one step.
     * With {who} you get to {b} from {a} in one step.'''))
 ORDERS['packs'] = Order('shop', ('2', '3', '4', '5', '6', '8', '10', '12'), Frames('''
     {who} {a} packs of {b} filters
@@ -860,6 +879,8 @@ ORDERS['packs'] = Order('shop', ('2', '3', '4', '5', '6', '8', '10', '12'), Fram
     You get {a} packs of {b} filters by {who} in the box.
     With {b} filters each there are {a} packs by {who} in the box.
     In the box are {a} packs by {who} with {b} filters each.
+    You get {b} filters each in {a} packs by {who} here.
+    * Here are {a} packs by {who} and {b} filters in each.
     * There are {b} filters by {who} in each of {a} packs as shown.'''))
 ORDER_KINDS = {d: [k for k, o in ORDERS.items() if o.domain == d] for d in DOMAINS}
 
@@ -960,7 +981,8 @@ def _shop_item(seed, split, n, salt):
     p, want = draw(split, make)
     return rng, want, p, near_products(want, p, again, rng), again
 
-# %% ../nbs/01_world.ipynb #2af45f56
+# %% ../nbs/01_world.ipynb #3d645add
+ORDER_PAIRS = (1, 3)  # of every five pairs of a half, those of the order part
 KINDS = dict(finance=(('news', 'qa', 'filing'), (6, 2, 2)), shop=(('title', 'product'), (4, 6)))
 
 def _kind(rng, domain): return rng.choices(*KINDS[domain])[0]
@@ -970,7 +992,7 @@ def _fact_key(kind, f):
     what = (f.co.sector, f.event) if kind == 'event' else (f.co.stem, f.metric)
     return _key('finance', *what, f.year, f.quarter)
 
-# %% ../nbs/01_world.ipynb #2c8250b2
+# %% ../nbs/01_world.ipynb #b6f84092
 @patch
 def pair(self:World,
     i:int,             # Which pair
@@ -979,8 +1001,9 @@ def pair(self:World,
     "Make training pair number `i` of a split"
     domain, n, seed = DOMAINS[i % 2], i // 2, self.seed
     check_split(split)
-    if n % 4 == 3:  # the mirror of an item comes 16,384 pairs later, so that both seldom meet in one batch
-        block, k = divmod(n // 4, 2048)
+    order = n % 5 in ORDER_PAIRS
+    if order:  # the mirror of an item comes 10,240 pairs later, so that both seldom meet in one batch
+        block, k = divmod(n // 5 * len(ORDER_PAIRS) + ORDER_PAIRS.index(n % 5), 2048)
         it = order_item(block // 2 * 2048 + k, domain, split, seed, mirror=block % 2 == 1)
         query, positive, negatives, kind, key = it['query'], it['right'], [it['wrong']], it['kind'], _key(domain, 'order', n)
     elif domain == 'finance':
@@ -992,7 +1015,7 @@ def pair(self:World,
         kind, query, key = 'brand' if want.brand else 'want', shop_query(want, rng, split), _want_key(want)
         positive, *negatives = [shop_document(q, _kind(rng, domain), rng, split) for q in (p, rng.choice(near))]
     return dict(query=query, positive=positive, negatives=negatives, domain=domain, kind=kind, query_id=key,
-                doc_id=f'{split}-pair-{i}', order=n % 4 == 3)
+                doc_id=f'{split}-pair-{i}', order=order)
 
 @patch
 def pairs(self:World,

@@ -14,6 +14,7 @@ from nbdev.serve import proc_nbs
 from nbdev.showdoc import show_doc, showdoc_nm
 
 cfg = get_config()
+PYTHON = dict(kernelspec=dict(name='python3', display_name='python3', language='python'), language_info=dict(name='python'))
 root,base = cfg.config_path, cfg.doc_host + cfg.doc_baseurl
 foreign = r'https://(?:\w+\.fast\.ai|answerdotai\.github\.io)/' # nbdev also links words that other packages use as names
 
@@ -21,25 +22,24 @@ def processed(nbs):
     "nbdev's processing of a copy in which every `export` is an `exports`, so that exported code stays visible."
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(shutil.copytree(nbs, Path(tmp)/'nbs', ignore=shutil.ignore_patterns('_*','.*')))
-        for f in copy.rglob('*.ipynb'): f.write_bytes(re.sub(rb'#\|\s*export\b', b'#| exports', f.read_bytes()))
+        for f in copy.rglob('*.ipynb'): f.write_bytes(re.sub(rb'("|\\n)#\|\s*export\b', rb'\1#| exports', f.read_bytes()))
         shutil.rmtree(root/'_proc', ignore_errors=True)
         return proc_nbs(path=copy, n_workers=0)
 
-def callouts(s, fmt=':::{{admonition}} {title}\n:class: {kind}\n{body}\n:::'):
+def callouts(s):
     "Quarto's `::: {.callout-note}` boxes as MyST admonitions."
     def box(m):
         head,body = re.match(r'(?:#+ (.*)\n+)?((?:.|\n)*)', m[2].strip('\n')).groups()
-        return fmt.format(title=head or m[1].title(), kind=m[1], body=body)
+        return f':::{{admonition}} {head or m[1].title()}\n:class: {m[1]}\n{body}\n:::'
     return re.sub(r'^:{3,} *\{\.callout-(\w+)[^}]*\}\n(.*?)^:{3,} *$', box, s, flags=re.M|re.S)
 
-def links(s, labels, names):
+def links(s, labels=(), names={}): # noqa: B006
     "nbdev's site addresses as labels, and notebook names as page names; Sphinx then checks both."
     def symbol(m):
         label = f'{m[2]}.{m[3]}'
         while label not in labels and label.count('.')>1: label = label.rpartition('.')[0]  # a method has the card of its class
         return f'[{m[1]}](#{label})' if label in labels else m[1]
-    s = re.sub(rf'\[(`[^`]+`)\]\({foreign}[^)]*\)', r'\1', s)
-    s = re.sub(rf'\[(`[^`]+`)\]\({base}/(?:\w+/)*(\w+)\.html#([\w.]+)\)', symbol, s)
+    s = re.sub(rf'\[(`[^`]+`)\]\((?:{base}/(?:\w+/)*(\w+)\.html#([\w.]+)|{foreign}[^)]*)\)', symbol, s)
     return re.sub(r'\]\((?!https?:)([\w./-]*?)([\w-]+)\.ipynb', lambda m: f']({m[1]}{names.get(m[2],m[2])}.ipynb', s)
 
 def card(name, page):
@@ -90,13 +90,13 @@ def readme(cells):
         for o in c.get('outputs',[]):
             t = o.get('text') or o['data'].get('text/markdown') or o['data']['text/plain']
             out.append('```\n' + ''.join(t).rstrip() + '\n```')
-    s = '\n\n'.join(o.strip('\n') for o in out)
-    s = re.sub(rf'\[(`[^`]+`)\]\({base}[^)]*\)|\[(`[^`]+`)\]\({foreign}[^)]*\)', lambda m: m[1] or m[2], s)
+    s = links('\n\n'.join(o.strip('\n') for o in out))
     return re.sub(r'(\]\(|src=")((?!https?:|#|\.\./)[\w./-]+\.(?:ipynb|svg|png))', r'\1nbs/\2', s).replace('](../', '](') + '\n'
 
 def build(out=root/'doc_src'):
     "Write every page and the tables of contents; return the names of the pages by section."
     for o in (out, cfg.doc_path): shutil.rmtree(o, ignore_errors=True)
+    for o in ('api','howto'): (out/o).mkdir(parents=True)
     cache,done,labels,names = processed(cfg.nbs_path),[],set(),{}
     for f in sorted(o for o in cache.rglob('*') if o.is_file()):
         folder = f.parent.relative_to(cache); (out/folder).mkdir(parents=True, exist_ok=True)
@@ -107,25 +107,18 @@ def build(out=root/'doc_src'):
     for folder,stem,page,title,cells,cards in done:
         if page=='index': (root/'README.md').write_text(readme(cells), encoding='utf-8'); index = cells
         for c in cells: c.source = links(c.source, labels, names) if c.cell_type=='markdown' else c.source
-        section = {'tutorials':'Tutorials', 'howto':'How-to', '.':'The book' if re.match(r'\d', stem) else 'Project'}[str(folder)]
+        section = {'tutorials':'Tutorials', 'howto':'How-to'}.get(str(folder), 'The book' if stem[0].isdigit() else 'Project')
         number = f'{int(stem[:2])} · ' if section=='The book' else ''
-        if page!='index': toc[section].append(f'{number}{title} <{folder/page}>'); write(out/folder/f'{page}.ipynb', cells)
+        if page!='index': toc[section].append(f'{number}{title} <{folder/page}>'); write_nb(new_nb(cells, meta=PYTHON), out/folder/f'{page}.ipynb')
         if cards:
             toc['Reference'].append(f'api/{page}')
             head = f'# {cfg.lib_name}.{page}\n\n> The names that the chapter [{title}](../{stem}.ipynb) defines, in its order.'
-            put(out/f'api/{page}.md', links('\n\n'.join([head]+[text for _,text in cards]), labels, names))
-    put(out/'howto/commands.md', links(commands(), labels, names)); toc['How-to'].append('howto/commands')
+            (out/f'api/{page}.md').write_text(links('\n\n'.join([head]+[text for _,text in cards]), labels, names), encoding='utf-8')
+    (out/'howto/commands.md').write_text(commands(), encoding='utf-8'); toc['How-to'].append('howto/commands')
     for name in ('CHANGELOG','CITATION'): shutil.copy(root/f'{name}.md', out/f'{name.lower()}.md'); toc['Project'].append(name.lower())
     tree = '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(v) + '\n```' for k,v in toc.items() if v)
-    write(out/'index.ipynb', index+[mk_cell(tree, 'markdown')])
+    write_nb(new_nb(index+[mk_cell(tree, 'markdown')], meta=PYTHON), out/'index.ipynb')
     return toc
-
-def put(path, text): path.parent.mkdir(parents=True, exist_ok=True); path.write_text(text, encoding='utf-8')
-
-def write(path, cells):
-    "A notebook of `cells`."
-    python = dict(name='python3', display_name='python3', language='python')
-    write_nb(new_nb(cells, meta=dict(kernelspec=python, language_info=dict(name='python'))), path)
 
 if __name__=='__main__':
     for section,pages in build().items(): print(f'{section:10}', len(pages), 'pages')
