@@ -5,12 +5,14 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-export OMP_NUM_THREADS ?= 1
-export MPLBACKEND ?= agg
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install demo test test-notebooks test-python test-long docs notebook bench clean
+
+# two processes share the cores in tests, and a benchmark wants one thread on a busy machine; no test opens a window
+test-notebooks test-python test-long bench: export OMP_NUM_THREADS ?= 1
+test-notebooks test-python test-long: export MPLBACKEND ?= agg
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | awk -F@ '{printf "  %-20s %s\n", $$1, $$2}'
@@ -29,7 +31,7 @@ $(STAMP): settings.ini setup.py
 
 demo: $(STAMP)  ## train, evaluate and use a small model on the built-in corpus: chroma_demo (ARGS="--minutes 1")
 	@echo "Running chroma_demo $(ARGS)"
-	@OMP_NUM_THREADS= $(BIN)/chroma_demo $(ARGS)
+	@$(BIN)/chroma_demo $(ARGS)
 
 test: test-notebooks test-python  ## run every test that needs no GPU and no long run: nbdev_test, pytest
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'SPLITS', 'GAINS', 'HEADS', 'JOINTS', 'VOWELS', 'CONSONANTS', 'FINALS', 'RESIDUES', 'METRICS', 'EVENTS',
-           'SECTORS', 'UP', 'DOWN', 'TYPES', 'SHELVES', 'GOES_WITH', 'VALUES', 'CATEGORY', 'SIBLINGS', 'DIMS',
-           'ACCESSORIES', 'SHARED', 'HELD', 'ENDINGS', 'YEARS', 'PERIODS', 'UNITS', 'REPORTS', 'CAUSES', 'ASIDES',
+           'SECTORS', 'UP', 'DOWN', 'TYPES', 'SHELVES', 'GOES_WITH', 'CATEGORY', 'SIBLINGS', 'DIMS', 'ACCESSORIES',
+           'VALUES', 'SHARED', 'HELD', 'ENDINGS', 'YEARS', 'PERIODS', 'UNITS', 'REPORTS', 'CAUSES', 'ASIDES',
            'HEADLINES', 'SECTIONS', 'ASKS', 'TITLES', 'OPENERS', 'LINES', 'CHATTER', 'REVIEWS', 'QUESTIONS', 'WANTS',
            'BEFORE', 'ORDERS', 'ORDER_KINDS', 'ORDER_CATEGORY', 'ORDER_PAIRS', 'KINDS', 'ORDER_SHARE', 'parse_size',
            'stream', 'check_split', 'split_of', 'stem', 'owns', 'draw', 'Concept', 'lexicon', 'say', 'Frames',
@@ -21,12 +21,11 @@ from zlib import crc32
 from fastcore.basics import patch
 from .config import ChromaError
 
-# %% ../nbs/01_world.ipynb #2023cabb
+# %% ../nbs/01_world.ipynb #c44e1f26
 DOMAINS = ('finance', 'shop')
 SPLITS = ('train', 'valid', 'test')
 GAINS = dict(E=1.0, S=0.1, C=0.01, I=0.0)  # exact, substitute, complement, irrelevant
 
-# %% ../nbs/01_world.ipynb #c394e6ae
 def parse_size(
     size:str|int, # How many: 5000, '5000', '10k', '2m'
 )->int: # The number
@@ -49,7 +48,7 @@ def check_split(
     if split not in SPLITS: raise ChromaError(f"split {split!r} does not exist; the world has {', '.join(SPLITS)}")
     return split
 
-# %% ../nbs/01_world.ipynb #d5f52a63
+# %% ../nbs/01_world.ipynb #77bf7dfa
 HEADS = [c + v for c in 'BCDFGHKLMNPRSTVW' for v in 'aeiou']                                     # 80
 JOINTS = 'ld rm nt sk lv rn nd mp st ct lm rk ns rd lt rv nk ls mb rt xt gn lb zm th'.split()      # 25
 VOWELS, CONSONANTS, FINALS = 'aeio', 'lnrtvxdmks', dict(company='a', brand='o')                    # 4, 10
@@ -62,7 +61,6 @@ def split_of(
     r = (HEADS.index(stem[:2]) + JOINTS.index(stem[2:4]) + CONSONANTS.index(stem[5])) % 10
     return next(s for s, rs in RESIDUES.items() if r in rs)
 
-# %% ../nbs/01_world.ipynb #f914d75b
 def stem(
     n:int,              # Which stem of this split
     split:str='train',  # Its split
@@ -116,7 +114,7 @@ def lexicon(
         concepts[key] = Concept(key, doc, query, held, tuple(more))
     return concepts
 
-# %% ../nbs/01_world.ipynb #e0683bb4
+# %% ../nbs/01_world.ipynb #859581a2
 METRICS = lexicon('''
     revenue: revenue; net sales | top line; turnover | takings | money
     net_income: net income; profit after tax | bottom line; earnings | what was left over | money
@@ -137,7 +135,6 @@ METRICS = lexicon('''
     customers: customer accounts; active subscribers | client base; user numbers | people served | count
 ''')
 
-# %% ../nbs/01_world.ipynb #2422f73d
 EVENTS = lexicon('''
     merger: a completed merger; a business combination | tie up with a rival; takeover deal | joining forces
     recall: a product recall; the withdrawal of defective units | faulty goods pulled; safety callback | items taken off sale
@@ -157,7 +154,6 @@ EVENTS = lexicon('''
     flood: severe flooding; storm disruption | bad weather; high water | natural disaster
 ''')
 
-# %% ../nbs/01_world.ipynb #72c2566a
 SECTORS = lexicon('''
     chips: semiconductor manufacturer; integrated circuit producer | chip maker; silicon firm | microchip outfit
     banking: commercial bank; deposit-taking lender | high street bank; money house | credit institution
@@ -175,7 +171,7 @@ SECTORS = lexicon('''
 UP = Concept('up', ('increased', 'climbed', 'advanced'), ('go up', 'grow', 'get better'), ('perk up',), ())
 DOWN = Concept('down', ('declined', 'contracted', 'decreased'), ('go down', 'drop', 'get worse'), ('nosedive',), ())
 
-# %% ../nbs/01_world.ipynb #da02e4df
+# %% ../nbs/01_world.ipynb #1d56fad8
 TYPES = lexicon('''
     sneaker: athletic footwear; running shoes | kicks; trainers; sneakers | joggers
     boot: hiking boots; alpine footwear | trekking shoes; mountain shoes | tramping gear
@@ -233,7 +229,6 @@ TYPES = lexicon('''
     leash: retractable leash; walking lead | dog rope; puppy string | tether
 ''')
 
-# %% ../nbs/01_world.ipynb #cedeef35
 SHELVES = '''
     sneaker sandal | footwear | shoes | price colour audience size
     boot | footwear | shoes | colour material feature size
@@ -285,6 +280,16 @@ GOES_WITH = '''
     laptop tablet; power_bank: phone tablet; lens: camera; memory_card: camera phone; filters: espresso;
     sleeping_bag: tent; helmet: bike
 '''
+
+def _shelves(lines):
+    "Read the shelves: category, siblings and attributes of each type"
+    for row in filter(None, map(str.strip, lines.splitlines())):
+        types, category, siblings, attributes = [part.strip() for part in row.split('|')]
+        for t in types.split(): yield t, (category, t if siblings == '-' else siblings, attributes.split())
+
+CATEGORY, SIBLINGS, DIMS = [{t: row[k] for t, row in _shelves(SHELVES)} for k in range(3)]
+GOES_WITH = {k.strip(): v.split() for k, v in (part.split(':') for part in GOES_WITH.split(';'))}  # accessory -> of what
+ACCESSORIES = {t: [a for a, base in GOES_WITH.items() if t in base] for t in TYPES}               # what -> accessories
 
 # %% ../nbs/01_world.ipynb #477e7a9f
 VALUES = dict(
@@ -344,18 +349,7 @@ VALUES = dict(
         micro: micro-USB; micro-B port | micro usb; the tiny socket | small usb
         magnetic: magnetic contact; snap-on magnet port | magnet; that clicks on | no plug'''))
 
-# %% ../nbs/01_world.ipynb #12e3da6a
-def _shelves(lines):
-    "Read the shelves: category, siblings and attributes of each type"
-    for row in filter(None, map(str.strip, lines.splitlines())):
-        types, category, siblings, attributes = [part.strip() for part in row.split('|')]
-        for t in types.split(): yield t, (category, t if siblings == '-' else siblings, attributes.split())
-
-CATEGORY, SIBLINGS, DIMS = [{t: row[k] for t, row in _shelves(SHELVES)} for k in range(3)]
-GOES_WITH = {k.strip(): v.split() for k, v in (part.split(':') for part in GOES_WITH.split(';'))}  # accessory -> of what
-ACCESSORIES = {t: [a for a, base in GOES_WITH.items() if t in base] for t in TYPES}               # what -> accessories
-
-# %% ../nbs/01_world.ipynb #a87f0a1d
+# %% ../nbs/01_world.ipynb #2379abe4
 SHARED, HELD = 0.35, 0.09  # how often a question uses the document's word; how often a held-out one
 
 def say(
@@ -369,7 +363,6 @@ def say(
     if split != 'train' and concept.held and rng.random() < HELD: return rng.choice(concept.held)
     return rng.choice(concept.doc if rng.random() < SHARED else concept.query)
 
-# %% ../nbs/01_world.ipynb #2cae38eb
 class Frames:
     "Sentence frames, the seen and the held-out ones"
     def __init__(self,
@@ -391,7 +384,7 @@ def sentence(
     "Start with a capital letter, leave the rest"
     return text[:1].upper() + text[1:]
 
-# %% ../nbs/01_world.ipynb #ec6bf1f3
+# %% ../nbs/01_world.ipynb #04111c02
 class Company(NamedTuple):
     "A company"
     stem: str    # What people call it
@@ -410,7 +403,6 @@ class Fact(NamedTuple):
     amount: int   # To what, in the metric's unit
     event: str    # Key into `EVENTS`
 
-# %% ../nbs/01_world.ipynb #9cd386aa
 ENDINGS = 'Group; Holdings; Corporation; Industries; Partners; Limited; International; Enterprises'.split('; ')
 YEARS = range(2013, 2025)
 
@@ -435,7 +427,7 @@ def make_fact(
                  percent=rng.randint(2, 39), amount=rng.randint(105, 980), event=rng.choice(list(EVENTS)))
     return Fact(co, **(drawn | fixed))
 
-# %% ../nbs/01_world.ipynb #741d85b2
+# %% ../nbs/01_world.ipynb #d1b894ee
 PERIODS = lexicon('\n'.join(
     f'{q}: the {nth} quarter of fiscal {{year}}; the three months to {month} {{year}}; Q{q} {{year}}'
     f' | Q{q} {{year}}; {nth} quarter {{year}} | {q}Q {{year}}'
@@ -449,7 +441,6 @@ def amount(
     n = fact.amount
     return UNITS[METRICS[fact.metric].more[0][0]].format(n=n, p=n / 20, m=n * 7 % 1000)
 
-# %% ../nbs/01_world.ipynb #7bdab365
 def fact_words(
     fact:Fact,         # What to speak of
     rng:random.Random, # Source of chance
@@ -462,7 +453,7 @@ def fact_words(
                 metric=w(METRICS[fact.metric]), dir=w(UP if fact.up else DOWN), percent=fact.percent, value=amount(fact),
                 period=w(PERIODS[str(fact.quarter)]).format(year=fact.year), event=w(EVENTS[fact.event]))
 
-# %% ../nbs/01_world.ipynb #0c42f526
+# %% ../nbs/01_world.ipynb #0a319171
 REPORTS = Frames('''
     {co} reported {metric} of {value} for {period}, a figure that {dir} {percent}% on the year.
     For {period} the {metric} of {co} {dir} {percent}% to {value}.
@@ -490,7 +481,6 @@ ASIDES = Frames('''
     Notes on {other} appear elsewhere in the document.
     * Readers may consult the appendix for definitions.''')
 
-# %% ../nbs/01_world.ipynb #69d9cbbd
 def body(
     fact:Fact,         # What to report
     rng:random.Random, # Source of chance
@@ -503,7 +493,7 @@ def body(
     other = rng.choice(rng.choice(list(METRICS.values())).doc)
     return ' '.join(sentence(line.format(**words, other=other)) for line in lines)
 
-# %% ../nbs/01_world.ipynb #42bdb5ee
+# %% ../nbs/01_world.ipynb #be55dab7
 HEADLINES = Frames('''
     {co}: {metric} {dir} {percent}% in {period}
     {metric} of {sector} {co} {dir} in {period}
@@ -520,7 +510,6 @@ def tail(
     "Draw a count with a heavy tail"
     return min(int(rng.paretovariate(1.1)), most)
 
-# %% ../nbs/01_world.ipynb #abba5b45
 def finance_document(
     fact:Fact,         # The fact it is about
     kind:str,          # 'headline', 'news', 'qa' or 'filing'
@@ -589,7 +578,7 @@ CHATTER = Frames('''
     Warranty covers one year.
     * Gift wrapping can be added at checkout.''')
 
-# %% ../nbs/01_world.ipynb #067ef36c
+# %% ../nbs/01_world.ipynb #c0feb9f9
 def attribute_words(
     attrs:dict,        # Attribute -> value key
     rng:random.Random, # Source of chance
@@ -619,7 +608,6 @@ def shop_document(
     reviews = [review(p, rng, split) for _ in range(tail(rng, longest + 1) - 1)]
     return review(p, rng, split) if kind == 'review' else '\n'.join([page, *reviews])
 
-# %% ../nbs/01_world.ipynb #5984e897
 REVIEWS = Frames('''
     Review: bought this {brand} {type}, {v1} and {v2}, and would buy again.
     Review: if you want {type} that are {v1}, the {brand} {model} is the one.
@@ -638,7 +626,7 @@ def review(
     slots = dict(brand=p.brand, model=p.model, type=say(TYPES[p.type], rng, split), stars=rng.randint(3, 5))
     return REVIEWS.pick(rng, split).format(**slots, v1=vs[0], v2=vs[-1])
 
-# %% ../nbs/01_world.ipynb #676c3ee2
+# %% ../nbs/01_world.ipynb #e8baba8f
 QUESTIONS = dict(metric=Frames('''
     how did {metric} at {co} do in {period}
     {co} {metric} {period}
@@ -665,7 +653,6 @@ WANTS = Frames('''
     * any tips on {before} {type} {after} to order''')
 BEFORE = ('price', 'function', 'formula', 'feature', 'colour', 'material', 'body')  # said before the type, others after
 
-# %% ../nbs/01_world.ipynb #3c81476c
 class Want(NamedTuple):
     "What a shopper asks for"
     type: str         # Key into `TYPES`
@@ -714,7 +701,7 @@ def answers(
     if kind == 'event': return (asked.co.sector, asked.event) == (fact.co.sector, fact.event)
     return (asked.co.stem, asked.metric) == (fact.co.stem, fact.metric)
 
-# %% ../nbs/01_world.ipynb #0d799495
+# %% ../nbs/01_world.ipynb #8dcbdcd0
 def near_facts(
     fact:Fact,         # The right answer
     kind:str,          # The kind of question
@@ -733,7 +720,6 @@ def near_facts(
     return [fact._replace(quarter=quarter, **fresh), fact._replace(metric=metric, **fresh), fact._replace(co=far, **fresh),
             fact._replace(year=year, **fresh)]
 
-# %% ../nbs/01_world.ipynb #0333dd79
 def near_products(
     want:Want,         # What is asked
     p:Product,         # A right answer
@@ -750,7 +736,7 @@ def near_products(
             make(type=rng.choice(ACCESSORIES[p.type] or kin or fit), **want.attrs),
             make(type=rng.choice(kin or fit), **p.attrs)]
 
-# %% ../nbs/01_world.ipynb #abf4eafb
+# %% ../nbs/01_world.ipynb #a6dd716a
 class Order(NamedTuple):
     "A kind of question that turns on order"
     domain: str     # 'finance' or 'shop'
@@ -758,7 +744,6 @@ class Order(NamedTuple):
     query: Frames   # Questions with {a}, {b} and {who}
     doc: Frames     # Documents with the same
 
-# %% ../nbs/01_world.ipynb #d5fff8c7
 ORDERS = {}
 ORDERS['acquire'] = Order('finance', (), Frames('''
     buyer {a} target {b}
@@ -815,7 +800,6 @@ ORDERS['rating'] = Order('finance', ('buy', 'hold', 'sell'), Frames('''
     * On Tuesday {who} went from {a} to {b} at a big bank.
     * On Tuesday {who} went to {b} from {a} at a big bank.'''))
 
-# %% ../nbs/01_world.ipynb #69a313a5
 ORDERS['waist'] = Order('shop', ('26', '28', '30', '32', '34', '36'), Frames('''
     {who} jeans waist {a} leg {b}
     {who} jeans leg {b} waist {a}
@@ -884,7 +868,7 @@ ORDERS['packs'] = Order('shop', ('2', '3', '4', '5', '6', '8', '10', '12'), Fram
     * There are {b} filters by {who} in each of {a} packs as shown.'''))
 ORDER_KINDS = {d: [k for k, o in ORDERS.items() if o.domain == d] for d in DOMAINS}
 
-# %% ../nbs/01_world.ipynb #292f7c72
+# %% ../nbs/01_world.ipynb #f0000464
 def order_item(
     n:int,             # Which item
     domain:str,        # 'finance' or 'shop'
@@ -901,21 +885,13 @@ def order_item(
     a, b = rng.sample(rng.choice(pool) if isinstance(pool[0], tuple) else pool, 2)
     query, doc = order.query.pick(rng, split), order.doc.pick(rng, split)
     aside = (CHATTER if domain == 'shop' else ASIDES).pick(rng, split).format(other='revenue')
-    tail = ' ' + aside if rng.random() < 0.3 else ''
-    one, two = [doc.format(a=x, b=y, who=who) + tail for x, y in ((a, b), (b, a))]
+    end = ' ' + aside if rng.random() < 0.3 else ''
+    one, two = [doc.format(a=x, b=y, who=who) + end for x, y in ((a, b), (b, a))]
     if mirror: a, b, one, two = b, a, two, one
     return dict(query=query.format(a=a, b=b, who=who), right=one, wrong=two, domain=domain, kind=kind,
                 label=co.sector if domain == 'finance' else '')
 
-# %% ../nbs/01_world.ipynb #63f07e24
-class World:
-    "A small economy that writes texts, questions and graded answers"
-    def __init__(self,
-        seed:int=0, # Another seed is another economy
-    ): self.seed = seed
-    def __repr__(self): return f'World(seed={self.seed})'
-
-# %% ../nbs/01_world.ipynb #debad9b8
+# %% ../nbs/01_world.ipynb #22d3fce1
 ORDER_CATEGORY = dict(waist='clothing', shoe='footwear', made_for='electronics', colours='clothing', adapter='electronics',
                       packs='kitchen')
 
@@ -938,7 +914,13 @@ def _shop_text(rng, i, split, seed):
     p, kind = make_product(i // 4, split, seed), rng.choices(('title', 'product', 'review'), (3, 4, 3))[0]
     return dict(text=shop_document(p, kind, rng, split, longest=20), kind=kind, label=CATEGORY[p.type])
 
-# %% ../nbs/01_world.ipynb #ac72c527
+class World:
+    "A small economy that writes texts, questions and graded answers"
+    def __init__(self,
+        seed:int=0, # Another seed is another economy
+    ): self.seed = seed
+    def __repr__(self): return f'World(seed={self.seed})'
+
 @patch
 def text(self:World,
     i:int,             # Which text
@@ -958,7 +940,7 @@ def texts(self:World,
     "Stream texts"
     return (self.text(i, split) for i in range(start, start + parse_size(size)))
 
-# %% ../nbs/01_world.ipynb #201bd56a
+# %% ../nbs/01_world.ipynb #cb76dd82
 def _finance_item(seed, split, n, salt):
     "A question about a company, the fact that answers it, the near misses, and the kind of question"
     rng = stream(seed, split, salt, 'finance', n)
@@ -981,7 +963,6 @@ def _shop_item(seed, split, n, salt):
     p, want = draw(split, make)
     return rng, want, p, near_products(want, p, again, rng), again
 
-# %% ../nbs/01_world.ipynb #3d645add
 ORDER_PAIRS = (1, 3)  # of every five pairs of a half, those of the order part
 KINDS = dict(finance=(('news', 'qa', 'filing'), (6, 2, 2)), shop=(('title', 'product'), (4, 6)))
 
@@ -992,7 +973,7 @@ def _fact_key(kind, f):
     what = (f.co.sector, f.event) if kind == 'event' else (f.co.stem, f.metric)
     return _key('finance', *what, f.year, f.quarter)
 
-# %% ../nbs/01_world.ipynb #b6f84092
+# %% ../nbs/01_world.ipynb #739814eb
 @patch
 def pair(self:World,
     i:int,             # Which pair
@@ -1026,7 +1007,6 @@ def pairs(self:World,
     "Stream training pairs"
     return (self.pair(i, split) for i in range(start, start + parse_size(size)))
 
-# %% ../nbs/01_world.ipynb #7bc9862e
 @patch
 def order_items(self:World,
     split:str='test', # Their split
@@ -1036,7 +1016,7 @@ def order_items(self:World,
     items = [order_item(j // 2, DOMAINS[j // 2 % 2], check_split(split), self.seed, mirror=j % 2 == 1) for j in range(n)]
     return [{k: it[k] for k in ('query', 'right', 'wrong', 'domain', 'kind')} for it in items]
 
-# %% ../nbs/01_world.ipynb #ddcb3ffc
+# %% ../nbs/01_world.ipynb #abfd6c09
 ORDER_SHARE = 0.15  # of the questions of a retrieval set
 
 def _finance_set(seed, split, n, salt):
@@ -1060,7 +1040,6 @@ def _order_set(seed, split, n, domain):
     docs = [(it[k], it[k]) for k in ('right', 'wrong')]
     return docs, it['query'], f"order/{it['kind']}", lambda d: float(d == it['right'])
 
-# %% ../nbs/01_world.ipynb #1d5fc744
 @patch
 def retrieval(self:World,
     domain:str,        # 'finance' or 'shop'
@@ -1083,7 +1062,7 @@ def retrieval(self:World,
     return dict(corpus=corpus, queries={f'q{j}': s[1] for j, s in enumerate(sets)}, qrels=qrels,
                 kinds={f'q{j}': s[2] for j, s in enumerate(sets)})
 
-# %% ../nbs/01_world.ipynb #222e22e0
+# %% ../nbs/01_world.ipynb #31118103
 def _finance_sts(rng, n, split, seed):
     "Two reports and the facts they share"
     f = make_fact(make_company(2 * n, split, seed), rng)
@@ -1105,7 +1084,6 @@ def _shop_sts(rng, n, split, seed):
     score = alike + (p.brand == q.brand) + 2 * sum(q.attrs.get(d) == v for d, v in p.attrs.items()) / len(p.attrs)
     return *[shop_document(x, 'title', rng, split) for x in (p, q)], score
 
-# %% ../nbs/01_world.ipynb #a21dab59
 @patch
 def sts(self:World,
     n:int,            # How many

@@ -1,10 +1,12 @@
 "The frame holds: requirements once, commands that exist, light imports, a book that reads in order, clean notebooks."
-import ast, importlib, json, re, subprocess, sys
+import ast, difflib, importlib, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 from nbdev.config import get_config
+
+from chroma_moe._modidx import d as modidx
 
 ROOT = Path(__file__).parents[1]
 LIB = 'chroma_moe'
@@ -127,6 +129,10 @@ def test_opening_of_each_notebook():
     assert not wrong
     print(len(books), 'notebooks open with title, subtitle and text')
 
+def setting(o, imported):
+    "Is the statement a call on something imported, such as `warnings.filterwarnings('ignore')`?"
+    return isinstance(o, ast.Expr) and isinstance(o.value, ast.Call) and ast.unparse(o.value.func).partition('.')[0] in imported
+
 def test_imports_have_their_own_cells():
     "nbdev runs every cell with an import when it makes the docs, without the cells between: such a cell holds imports only."
     wrong = []
@@ -134,7 +140,8 @@ def test_imports_have_their_own_cells():
         for c in code(nb):
             t = tree(c)
             if {'export','exports','exporti'} & set(directives(c)) or not any(imports(t)): continue
-            others = [o for o in t.body if not isinstance(o, ast.Import|ast.ImportFrom)]
+            ours = {(a.asname or a.name).partition('.')[0] for o in t.body if isinstance(o, ast.Import|ast.ImportFrom) for a in o.names}
+            others = [o for o in t.body if not isinstance(o, ast.Import|ast.ImportFrom) and not setting(o, ours)]
             if others: wrong.append(f'{p.name}: {ast.unparse(others[0]).splitlines()[0]}')
     assert not wrong
 
@@ -177,6 +184,19 @@ def test_names_in_text_exist():
             except (ImportError, AttributeError): wrong.append(f'{p.name}: {name}')
     assert not wrong
     print(n, 'dotted names in the text, all importable')
+
+def test_no_mistyped_names():
+    "A name in backticks that is almost one of ours, but occurs in no code, is a broken link."
+    ours = {n for syms in modidx['syms'].values() for full in syms for n in (full.split('.', 2)[2], full.rpartition('.')[2]) if len(n)>5}
+    words = {w for nb in books.values() for c in code(nb) for w in re.findall(r'\w+', source(c))} | {p.stem for p in books}
+    wrong,n = [],0
+    for p,nb in books.items():
+        for name in {m for c in nb['cells'] if c['cell_type']=='markdown' for m in re.findall(r'`([A-Za-z_][\w.]{5,})(?:\(\))?`', source(c))}:
+            n += 1
+            near = [] if name in ours or set(name.split('.'))<=words else difflib.get_close_matches(name, ours, 1, .85)
+            if near: wrong.append(f'{p.name}: {name}, is it {near[0]}?')
+    assert not wrong
+    print(n, 'names in backticks')
 
 # The repository
 

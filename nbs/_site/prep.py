@@ -33,14 +33,14 @@ def callouts(s):
         return f':::{{admonition}} {head or m[1].title()}\n:class: {m[1]}\n{body}\n:::'
     return re.sub(r'^:{3,} *\{\.callout-(\w+)[^}]*\}\n(.*?)^:{3,} *$', box, s, flags=re.M|re.S)
 
-def links(s, labels=(), names={}): # noqa: B006
+def links(s, labels=(), names=None):
     "nbdev's site addresses as labels, and notebook names as page names; Sphinx then checks both."
     def symbol(m):
         label = f'{m[2]}.{m[3]}'
         while label not in labels and label.count('.')>1: label = label.rpartition('.')[0]  # a method has the card of its class
         return f'[{m[1]}](#{label})' if label in labels else m[1]
     s = re.sub(rf'\[(`[^`]+`)\]\((?:{base}/(?:\w+/)*(\w+)\.html#([\w.]+)|{foreign}[^)]*)\)', symbol, s)
-    return re.sub(r'\]\((?!https?:)([\w./-]*?)([\w-]+)\.ipynb', lambda m: f']({m[1]}{names.get(m[2],m[2])}.ipynb', s)
+    return re.sub(r'\]\((?!https?:)([\w./-]*?)([\w-]+)\.ipynb', lambda m: f']({m[1]}{(names or {}).get(m[2], m[2])}.ipynb', s)
 
 def card(name, page):
     "The reference of one name: its label and its text."
