@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['MARKERS', 'ChromaMoE', 'nearest']
 
-# %% ../nbs/10_encoder.ipynb #e39e8010
+# %% ../nbs/10_encoder.ipynb #cac1ac3c
 import json
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .config import ChromaError, need
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .store import pack, token_batches
-from .model import ChromaModel, load_model, save_model
+from .model import load_model, save_model
 
 # %% ../nbs/10_encoder.ipynb #50963450
 MARKERS = dict(query=QUERY, document=DOCUMENT)

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['decays', 'make_optimizer', 'learning_rate']
 
-# %% ../nbs/13_optim.ipynb #99642252
+# %% ../nbs/13_optim.ipynb #532d9384
 import math
 import torch
-from torch import nn
 from .config import OptimConfig
 
 # %% ../nbs/13_optim.ipynb #68fb6828

@@ -32,25 +32,26 @@ def masked_batches(
             batch,used = [],0
         batch.append((epoch,i)); used += len(ids[i])
 
-# %% ../nbs/16_pretrain.ipynb #114080cc
+# %% ../nbs/16_pretrain.ipynb #1f2aa654
 def masked_loss(
     model:ChromaModel,
     masked:Masked,
 ) -> tuple: # loss, routing statistics, figures
     "Cross-entropy at the masked positions."
     h,stats = model.hidden(masked.batch)
-    loss,right = blockwise_cross_entropy(h[masked.where], model.embedding.weight, masked.target)
+    loss,right = blockwise_cross_entropy(*model.words(h[masked.where]), masked.target)
     return loss, stats, dict(tokens=len(masked.batch.ids), accuracy=round(right.item()/max(1, len(masked.target)), 4))
 
-# %% ../nbs/16_pretrain.ipynb #f0abf427
+# %% ../nbs/16_pretrain.ipynb #41a70974
 def pretrain(
     c:Config,
     ids:list[list[int]],     # token ids of the texts, each marked `<bos>`
     log:MetricsLog|None=None,
     progress:bool=True,
+    model:ChromaModel|None=None, # to go on from; by default a fresh one
 ) -> ChromaModel:
-    "Train a fresh model on masked text."
-    model = ChromaModel(c.model, c.pretrain.seed)
+    "Train a model on masked text."
+    model = model or ChromaModel(c.model, c.pretrain.seed)
     fit(model, masked_batches(ids, c), lambda batch: masked_loss(model, batch), c.pretrain, c.optim, 'pretrain', log or MetricsLog(),
         balance=c.model.moe.balance, progress=progress)
     return model

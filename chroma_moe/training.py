@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MetricsLog', 'read_metrics', 'epochs', 'tune_cpu', 'refuse_launchers', 'fit']
 
-# %% ../nbs/15_training.ipynb #38907274
+# %% ../nbs/15_training.ipynb #c0958ebc
 import ctypes, json, math, os, platform, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .config import ChromaError, OptimConfig, need
 from .moe import balance_loss, routing_summary
 from .optim import learning_rate, make_optimizer
