@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['rope_table', 'rotate', 'packed_attention', 'MLA']
 
-# %% ../nbs/05_attention.ipynb #7b5a1f60
+# %% ../nbs/05_attention.ipynb #9fbe6df1
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .config import ModelConfig, AttentionConfig
+from .config import ModelConfig
 from .store import Packed
 
 # %% ../nbs/05_attention.ipynb #b9efaece

@@ -26,7 +26,7 @@ from .tune import TokenBag, start_from_bag, tokenise_pairs, tune
 from .evaluation import evaluate_world, world_tests
 from .report import write_report
 
-# %% ../nbs/26_demo.ipynb #1986b1ab
+# %% ../nbs/26_demo.ipynb #ec79615c
 FIXED_MINUTES = 0.75                   # data, tokenizer, bag, evaluation, report
 PRETRAIN_SHARE = 0.2                   # of the training time
 PRETRAIN_RATE,TUNE_RATE = 175,160      # steps a minute on two CPU cores
@@ -42,8 +42,9 @@ def demo_config(
     steps = {k: max(5, round(training*share*rate)) for k,share,rate in
              (('pretrain', PRETRAIN_SHARE, PRETRAIN_RATE), ('tune', 1-PRETRAIN_SHARE, TUNE_RATE))}
     queries = 200 if minutes>=1 else 20                                            # a run this short is only a check of the machine
-    return load_config(profile='tiny', sets=[f'data.seed={seed}', 'data.max_length=256', f'evaluate.queries={queries}', f'evaluate.order_items={2*queries}', 'pretrain.batch_tokens=4096', 'pretrain.lr=2e-3', f'pretrain.seed={seed}',
-        f'tune.seed={seed}', 'tune.batch_pairs=64', *(f'{k}.steps={n}' for k,n in steps.items())])
+    sets = dict(data__seed=seed, data__max_length=256, pretrain__seed=seed, pretrain__batch_tokens=4096, pretrain__lr=2e-3, tune__seed=seed,
+                tune__batch_pairs=64, evaluate__queries=queries, evaluate__order_items=2*queries, **{f'{k}__steps': n for k,n in steps.items()})
+    return load_config(profile='tiny', sets=[f"{k.replace('__','.')}={v}" for k,v in sets.items()])
 
 # %% ../nbs/26_demo.ipynb #cb552411
 STAGES = ('tokenizer','bag','pretrained','model')

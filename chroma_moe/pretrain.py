@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['masked_batches', 'masked_loss', 'pretrain', 'load_tokenizer', 'chroma_pretrain']
 
-# %% ../nbs/16_pretrain.ipynb #37b27e73
+# %% ../nbs/16_pretrain.ipynb #6db35ccd
 from collections.abc import Iterator
 from pathlib import Path
-import torch
 from .config import Config, cli, load_config, need, to_yaml
 from .sources import texts
 from .tokenizer import ChromaTokenizer

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Packed', 'pack', 'token_batches']
 
-# %% ../nbs/04_store.ipynb #b01cc812
+# %% ../nbs/04_store.ipynb #966f1daf
 from dataclasses import dataclass
 from functools import cached_property
 import numpy as np, torch
 from torch import Tensor
-from .config import ChromaError, need
+from .config import need
 
 # %% ../nbs/04_store.ipynb #abc42d14
 @dataclass(frozen=True)
