@@ -88,7 +88,7 @@ class Stages:
         self.seconds[name] = round(time.perf_counter()-start, 2); _write(self.out/'stages.json', json.dumps(self.seconds))
         return final
 
-# %% ../nbs/26_demo.ipynb #34ee3c08
+# %% ../nbs/26_demo.ipynb #e54a1a7f
 @torch.no_grad()
 def domain_routing(
     chroma:ChromaMoE,
@@ -121,7 +121,8 @@ def sample_searches(
         top = max(max(g.values()) for g in r['qrels'].values())
         right = [f for f in found if f['hits'][0]['grade']==top]
         out += right[:3] + [f for f in found if f not in right][:1]
-    for i in world.order_items('test', 40)[::20]:
+    items = world.order_items('test', 40)
+    for i in [next(i for i in items if i['domain']==d) for d in DOMAINS]:
         hits = [dict(text=i[k], score=round(float(chroma.encode_query(i['query']) @ chroma.encode_document(i[k])), 3), grade=g)
                 for k,g in (('right',1),('wrong',0))]
         out.append(dict(query=i['query'], domain=i['domain'], hits=sorted(hits, key=lambda h: -h['score']), order=True))
