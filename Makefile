@@ -65,5 +65,5 @@ bench: $(STAMP)  ## measure ours against peers and limits, write benchmarks/resu
 
 clean:  ## remove what builds and tests made (not .venv, not runs/)
 	@echo "Removing the built site and caches"
-	@rm -rf _proc _docs doc_src jupyter_execute build dist .pytest_cache .ruff_cache *.egg-info
+	@rm -rf _proc _docs doc_src jupyter_execute build dist .pytest_cache .ruff_cache
 	@find chroma_moe tests nbs benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

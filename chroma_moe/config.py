@@ -27,7 +27,7 @@ def need(
     "Raise `ConfigError` unless `ok`."
     if not ok: raise ConfigError(message)
 
-# %% ../nbs/00_config.ipynb #1a7ad9e5
+# %% ../nbs/00_config.ipynb #7a55c590
 @dataclass(frozen=True)
 class AttentionConfig:
     "Multi-head Latent Attention with decoupled rotary positions."
@@ -41,18 +41,18 @@ class AttentionConfig:
 
     def __post_init__(self):
         for k in ('heads','kv_rank','nope_dim','rope_dim','v_dim'):
-            need(getattr(self,k)>0, f'attention.{k} is {getattr(self,k)}: it must be at least 1')
-        need(self.q_rank>=0, f'attention.q_rank is {self.q_rank}: give 0 (no query latent) or a positive width')
-        need(self.rope_dim%2==0, f'attention.rope_dim is {self.rope_dim}: rotation works on pairs, give an even number '
+            need(getattr(self,k)>0, f'model.attention.{k} is {getattr(self,k)}: it must be at least 1')
+        need(self.q_rank>=0, f'model.attention.q_rank is {self.q_rank}: give 0 (no query latent) or a positive width')
+        need(self.rope_dim%2==0, f'model.attention.rope_dim is {self.rope_dim}: rotation works on pairs, give an even number '
              f'such as {self.rope_dim+1}')
-        need(self.qk_dim==self.v_dim, f'attention.nope_dim + attention.rope_dim is {self.qk_dim} and attention.v_dim is '
-             f'{self.v_dim}: attention kernels need them equal, set attention.v_dim={self.qk_dim}')
-        need(self.rope_theta>1, f'attention.rope_theta is {self.rope_theta}: it must be above 1, 10000 is usual')
+        need(self.qk_dim==self.v_dim, f'model.attention.nope_dim + model.attention.rope_dim is {self.qk_dim} and model.attention.v_dim is '
+             f'{self.v_dim}: attention kernels need them equal, set model.attention.v_dim={self.qk_dim}')
+        need(self.rope_theta>1, f'model.attention.rope_theta is {self.rope_theta}: it must be above 1, 10000 is usual')
 
     @property
     def qk_dim(self): return self.nope_dim + self.rope_dim
 
-# %% ../nbs/00_config.ipynb #dae2d647
+# %% ../nbs/00_config.ipynb #11042990
 @dataclass(frozen=True)
 class MoEConfig:
     "Fine-grained mixture of experts: routed ones chosen per token, shared ones always on."
@@ -65,17 +65,17 @@ class MoEConfig:
     balance:float = 0.01       # weight of the load-balancing loss
 
     def __post_init__(self):
-        for k in ('experts','expert_dim'): need(getattr(self,k)>0, f'moe.{k} is {getattr(self,k)}: it must be at least 1')
-        for k in ('shared','shared_dim','balance'): need(getattr(self,k)>=0, f'moe.{k} is {getattr(self,k)}: it cannot be negative')
-        need(self.top_k<=self.experts, f'moe.top_k is {self.top_k} but there are only {self.experts} experts: '
+        for k in ('experts','expert_dim'): need(getattr(self,k)>0, f'model.moe.{k} is {getattr(self,k)}: it must be at least 1')
+        for k in ('shared','shared_dim','balance'): need(getattr(self,k)>=0, f'model.moe.{k} is {getattr(self,k)}: it cannot be negative')
+        need(self.top_k<=self.experts, f'model.moe.top_k is {self.top_k} but there are only {self.experts} experts: '
              f'give 2 to {self.experts}')
-        need(self.top_k>=2, f'moe.top_k is {self.top_k}: gates are renormalised to sum to 1, so at least 2 are needed '
+        need(self.top_k>=2, f'model.moe.top_k is {self.top_k}: gates are renormalised to sum to 1, so at least 2 are needed '
              'for the router to learn')
 
     @property
     def shared_width(self): return self.shared*self.shared_dim
 
-# %% ../nbs/00_config.ipynb #f970b79e
+# %% ../nbs/00_config.ipynb #92202c19
 POOLINGS = ('latent_nv','mean')
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class PoolingConfig:
     out_dim:int = 512          # width of the embedding
 
     def __post_init__(self):
-        need(self.kind in POOLINGS, f"pooling.kind is '{self.kind}': give one of {', '.join(POOLINGS)}")
-        for k in ('latents','heads','out_dim'): need(getattr(self,k)>0, f'pooling.{k} is {getattr(self,k)}: it must be at least 1')
+        need(self.kind in POOLINGS, f"model.pooling.kind is '{self.kind}': give one of {', '.join(POOLINGS)}")
+        for k in ('latents','heads','out_dim'): need(getattr(self,k)>0, f'model.pooling.{k} is {getattr(self,k)}: it must be at least 1')
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -104,7 +104,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for k in ('vocab_size','dim','layers','max_length'): need(getattr(self,k)>0, f'model.{k} is {getattr(self,k)}: it must be at least 1')
-        need(self.dim%self.pooling.heads==0, f'model.dim is {self.dim} and pooling.heads is {self.pooling.heads}: '
+        need(self.dim%self.pooling.heads==0, f'model.dim is {self.dim} and model.pooling.heads is {self.pooling.heads}: '
              'the width must be a multiple of the heads')
 
 # %% ../nbs/00_config.ipynb #a0d57eee
@@ -148,19 +148,19 @@ def memory_bytes(m:ModelConfig) -> dict:
     n = count_params(m)
     return dict(training=16*n, inference_float32=4*n, inference_bfloat16=2*n)
 
-# %% ../nbs/00_config.ipynb #c18a344d
+# %% ../nbs/00_config.ipynb #f3c566c8
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The byte-level BPE."
     path:str = 'runs/tokenizer' # folder of a trained tokenizer
     lowercase:bool = True       # fold case before splitting
-    texts:str = '20k'           # texts to train on
+    texts:str = 'all'           # texts to train on, at most
 
 @dataclass(frozen=True)
 class DataConfig:
     "What to read."
     source:str = 'world'       # name of a data set, or a path to a .jsonl file
-    size:str = '20k'           # texts (phase 1) or pairs (phase 2) in one pass
+    size:str = 'all'           # texts or pairs in one pass; 'all' is every row of a file, and 20k of the endless `world`
     seed:int = 0               # seed of the data, and of its order
     max_length:int = 512       # tokens of a text before it is cut
 
@@ -256,10 +256,10 @@ PROFILES = dict(
         pretrain = dict(batch_tokens=2_000_000),
         tune = dict(batch_pairs=16384, lr=5e-5, min_lr=5e-6)))
 
-# %% ../nbs/00_config.ipynb #1ec29fbd
-def _nearest(key, known):
+# %% ../nbs/00_config.ipynb #62ec10c9
+def _nearest(key, known, dot=''):
     close = difflib.get_close_matches(key, known, 1, 0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    return f"did you mean '{dot}{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 def _convert(value, kind, name):
     "`value` as `kind`, or a `ConfigError` that names the setting."
@@ -274,7 +274,7 @@ def _convert(value, kind, name):
     raise ConfigError(f'{name} is {value!r}: it must be '
                       f"{dict(int='a whole number', float='a number', bool='true or false', str='text')[kind.__name__]}")
 
-# %% ../nbs/00_config.ipynb #0700c36a
+# %% ../nbs/00_config.ipynb #80aa9e36
 def build(
     cls:type,      # a dataclass
     values:dict,   # plain values by name, nested for nested dataclasses
@@ -284,7 +284,7 @@ def build(
     need(isinstance(values,dict), f"{name or 'the configuration'} is {values!r}: it must be a section of 'key: value' lines")
     hints,known = get_type_hints(cls),[f.name for f in fields(cls)]
     dot = f'{name}.' if name else ''
-    for k in values: need(k in known, f"unknown setting '{dot}{k}': {_nearest(str(k), known)}")
+    for k in values: need(k in known, f"unknown setting '{dot}{k}': {_nearest(str(k), known, dot)}")
     return cls(**{k: build(hints[k], v, dot+k) if is_dataclass(hints[k]) else _convert(v, hints[k], dot+k)
                   for k,v in values.items()})
 

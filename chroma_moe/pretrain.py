@@ -65,13 +65,14 @@ def load_tokenizer(
          f'{c.model.vocab_size}: set model.vocab_size={len(tokenizer)}')
     return tokenizer
 
-# %% ../nbs/16_pretrain.ipynb #c12ffeea
+# %% ../nbs/16_pretrain.ipynb #f3a07279
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, debug or full
     set:list[str]=(),       # section.key=value
     out:str='runs/pretrain',# folder for the model and its metrics
+    progress:bool=True,     # show a bar?
 ):
     "Phase 1: train a model on masked text."
     refuse_launchers(); tune_cpu()
@@ -79,7 +80,7 @@ def chroma_pretrain(
     need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
     tokenizer,log = load_tokenizer(c),MetricsLog(Path(out)/'metrics.jsonl')
     ids = tokenizer.encode([r['text'] for r in texts(c.data.source, c.data.size, c.data.seed)], max_length=c.data.max_length)
-    model = pretrain(c, ids, log)
+    model = pretrain(c, ids, log, progress)
     ChromaMoE(model, tokenizer, c.data.max_length).save_pretrained(out)
     (Path(out)/'config.yaml').write_text(to_yaml(c))
     print(f'model written to {out}')

@@ -38,21 +38,20 @@ def read_jsonl(
             if fault: raise ChromaError(f'{path}, line {n}: {fault}')
             yield row
 
-# %% ../nbs/02_sources.ipynb #c8cb0498
+# %% ../nbs/02_sources.ipynb #2ae65f75
 def _rows(source, size, make, wrong):
     "The first `size` rows of `world`, through `make`, or of a file."
-    n = parse_size(size)
-    if source=='world': return make(n)
+    if source=='world': return make(20_000 if size=='all' else parse_size(size))
     need(str(source).endswith('.jsonl'), f"the source is '{source}': give 'world' or the path of a .jsonl file")
     need(Path(source).is_file(), f"there is no file '{source}': check the path, or take the built-in source 'world'")
-    rows = itertools.islice(read_jsonl(source, wrong), n)
+    rows = itertools.islice(read_jsonl(source, wrong), None if size=='all' else parse_size(size))
     first = next(rows, None)
     need(first is not None, f"'{source}' holds no rows: a model cannot be trained on nothing")
     return itertools.chain([first], rows)
 
 def texts(
     source:str='world',  # 'world', or a .jsonl file
-    size='1k',           # rows, at most: a number, or '10k', '2m'
+    size='all',          # rows, at most: a number, '10k', '2m', or 'all' (20k of the endless `world`)
     seed:int=0,          # of the built-in corpus
     split:str='train',   # of the built-in corpus
 ) -> Iterator[dict]: # rows with `text`
@@ -61,7 +60,7 @@ def texts(
 
 def pairs(
     source:str='world',  # 'world', or a .jsonl file
-    size='1k',           # rows, at most
+    size='all',          # rows, at most
     seed:int=0,          # of the built-in corpus
     split:str='train',   # of the built-in corpus
 ) -> Iterator[dict]: # rows with `query`, `positive` and perhaps `negatives`

@@ -66,7 +66,7 @@ def refuse_launchers():
     n = int(os.environ.get('WORLD_SIZE', 1))
     need(n==1, f'WORLD_SIZE is {n}: training runs in one process so far, start it without a launcher or with --num_processes 1')
 
-# %% ../nbs/15_training.ipynb #de532ff4
+# %% ../nbs/15_training.ipynb #08aa4283
 def fit(
     model:nn.Module,
     batches:Iterator,        # batches without end
@@ -78,13 +78,14 @@ def fit(
     balance:float=0.,        # weight of the balance loss
     heads:nn.Module|None=None, # further parameters to train
     after_step:Callable=lambda: None, # called after each optimizer step
-    log_every:int=10,        # steps
+    log_every:int=0,         # steps; 0 is every tenth, and more often in a short run
     progress:bool=True,
 ):
     "Train for `phase.steps` steps."
     named = [*model.named_parameters(), *(heads.named_parameters() if heads else ())]
     opt = make_optimizer(named, optim)
     model.train(); tokens,start = 0,time.perf_counter()
+    log_every = log_every or max(1, min(10, phase.steps//20))
     bar = tqdm(range(phase.steps), desc=name, disable=not progress)
     for step in bar:
         lr = learning_rate(step, phase.steps, phase.lr, phase.min_lr, phase.warmup)

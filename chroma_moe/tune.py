@@ -6,8 +6,9 @@
 __all__ = ['Pairs', 'tokenise_pairs', 'PairBatch', 'pair_batches', 'contrastive_loss', 'tune', 'TokenBag', 'start_from_bag',
            'chroma_tune']
 
-# %% ../nbs/20_tune.ipynb #d4a67478
+# %% ../nbs/20_tune.ipynb #d07285ff
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -113,7 +114,7 @@ def start_from_bag(
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
     model.pool.project.weight.copy_(torch.eye(m.dim))
 
-# %% ../nbs/20_tune.ipynb #4f2ad142
+# %% ../nbs/20_tune.ipynb #44e1bd89
 @cli
 def chroma_tune(
     pretrained:str,         # folder of a model, from phase 1
@@ -121,13 +122,15 @@ def chroma_tune(
     profile:str|None=None,  # tiny, debug or full
     set:list[str]=(),       # section.key=value
     out:str='runs/tune',    # folder for the tuned model and its metrics
+    progress:bool=True,     # show a bar?
 ):
     "Phase 2: tune a pre-trained model on pairs."
     refuse_launchers(); tune_cpu()
     c,start = load_config(config, profile, set), ChromaMoE.from_pretrained(pretrained)
     need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
     p = tokenise_pairs(pairs(c.data.source, c.data.size, c.data.seed), start.tokenizer, c.data.max_length, c.tune.negatives)
-    tune(c, start.model, p, MetricsLog(Path(out)/'metrics.jsonl'))
+    c = replace(c, model=start.model.m)                                                # the shape is the folder's, whatever the profile
+    tune(c, start.model, p, MetricsLog(Path(out)/'metrics.jsonl'), progress=progress)
     ChromaMoE(start.model, start.tokenizer, c.data.max_length).save_pretrained(out)
     (Path(out)/'config.yaml').write_text(to_yaml(c))
     print(f'model written to {out}')
