@@ -26,7 +26,7 @@ from .tune import TokenBag, start_from_bag, tokenise_pairs, tune
 from .evaluation import evaluate_world, world_tests
 from .report import write_report
 
-# %% ../nbs/26_demo.ipynb #ec79615c
+# %% ../nbs/26_demo.ipynb #1136e3d0
 FIXED_MINUTES = 0.75                   # data, tokenizer, bag, evaluation, report
 PRETRAIN_SHARE = 0.2                   # of the training time
 PRETRAIN_RATE,TUNE_RATE = 175,160      # steps a minute on two CPU cores
@@ -37,7 +37,7 @@ def demo_config(
     seed:int=0,        # of data, weights and order
 ) -> Config:
     "The `tiny` profile with as many steps as fit."
-    need(0<minutes<=600, f'--minutes is {minutes}: give a number above 0, such as 4.5')
+    need(0<minutes<=600, f'--minutes is {minutes}: give a number above 0, such as 4')
     training = max(0.1, minutes-FIXED_MINUTES)
     steps = {k: max(5, round(training*share*rate)) for k,share,rate in
              (('pretrain', PRETRAIN_SHARE, PRETRAIN_RATE), ('tune', 1-PRETRAIN_SHARE, TUNE_RATE))}
