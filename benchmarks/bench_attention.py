@@ -4,7 +4,7 @@ from run import medians
 from torch.nn import functional as F
 
 from chroma_moe.attention import packed_attention
-from chroma_moe.store import pack
+from chroma_moe.packing import pack
 
 N,H,D,BATCH = 256,8,64,32
 

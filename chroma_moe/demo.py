@@ -16,7 +16,7 @@ from .config import Config, cli, count_params, load_config, need, to_yaml
 from .world import DOMAINS, World
 from .sources import pairs, texts
 from .tokenizer import ChromaTokenizer
-from .store import pack, token_batches
+from .packing import pack, token_batches
 from .model import ChromaModel
 from .encoder import ChromaMoE
 from .moe import RoutingStats, routing_summary
@@ -148,12 +148,12 @@ def map_points(
 def demo_texts(c):
     "As many texts as the steps of phase 1 can use."
     n = min(TEXTS, max(1000, c.pretrain.steps*c.pretrain.batch_tokens//20))
-    return [r['text'] for r in texts(c.data.source, n, c.data.seed)]
+    return [r['text'] for r in texts(c.data.texts[0], n, c.data.seed)]
 
 def _tokenizer(c):
     def make(folder):
         words = demo_texts(c)
-        questions = (p['query'] for p in pairs(c.data.source, len(words)//2, c.data.seed))
+        questions = (p['query'] for p in pairs(c.data.pairs[0], len(words)//2, c.data.seed))
         ChromaTokenizer.train(itertools.chain(words, questions), c.model.vocab_size).save(folder)
     return make
 
@@ -168,7 +168,7 @@ def _pretrained(c, stages, tokenizer, bag, progress):
 def demo_pairs(c, tokenizer):
     "As many tokenised pairs as the steps can use."
     n = min(PAIRS, c.tune.steps*c.tune.batch_pairs)
-    return tokenise_pairs(pairs(c.data.source, n, c.data.seed), tokenizer, 64, c.tune.negatives)
+    return tokenise_pairs(pairs(c.data.pairs[0], n, c.data.seed), tokenizer, 64, c.tune.negatives)
 
 def bag_config(c, steps=400):
     "The bag at its best: a high rate, and batches twice as large."

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, need
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
-from .store import pack, token_batches
+from .packing import pack, token_batches
 from .model import load_model, save_model
 
 # %% ../nbs/10_encoder.ipynb #50963450

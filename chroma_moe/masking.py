@@ -11,7 +11,7 @@ import numpy as np, torch
 from torch import Tensor
 from .config import need
 from .tokenizer import SPECIALS, MASK
-from .store import Packed, pack
+from .packing import Packed, pack
 
 # %% ../nbs/12_masking.ipynb #79506e8c
 _STEP = np.uint64(0x9e3779b97f4a7c15)

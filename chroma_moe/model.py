@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .config import ModelConfig, ChromaError, build, need
-from .store import Packed
+from .packing import Packed
 from .attention import MLA, rope_table
 from .moe import MoE, RoutingStats
 from .pooling import LatentPooling

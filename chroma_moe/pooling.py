@@ -10,7 +10,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .config import ModelConfig
-from .store import Packed
+from .packing import Packed
 
 # %% ../nbs/07_pooling.ipynb #bee68480
 def segment_mean(

@@ -79,7 +79,7 @@ def chroma_pretrain(
     c = load_config(config, profile, set)
     need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
     tokenizer,log = load_tokenizer(c),MetricsLog(Path(out)/'metrics.jsonl')
-    ids = tokenizer.encode([r['text'] for r in texts(c.data.source, c.data.size, c.data.seed)], max_length=c.data.max_length)
+    ids = tokenizer.encode([r['text'] for r in texts(c.data.texts[0], c.data.size, c.data.seed)], max_length=c.data.max_length)
     model = pretrain(c, ids, log, progress)
     ChromaMoE(model, tokenizer, c.data.max_length).save_pretrained(out)
     (Path(out)/'config.yaml').write_text(to_yaml(c))

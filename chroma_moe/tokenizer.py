@@ -93,11 +93,11 @@ def chroma_tokenizer(
     out:str|None=None,      # folder for tokenizer.json; by default `tokenizer.path` of the configuration
     progress:bool=True,     # show a bar?
 ):
-    "Train a byte-level BPE with `model.vocab_size` tokens on the texts of `data.source`."
+    "Train a byte-level BPE with `model.vocab_size` tokens on the texts of `data.texts`."
     c = load_config(config, profile, set)
     out = out or c.tokenizer.path
     need(not (Path(out)/'tokenizer.json').exists(), f"'{out}' already holds a tokenizer: give another --out, or remove it")
-    stream = (r['text'] for r in rows_of(c.data.source, c.tokenizer.texts, c.data.seed))
+    stream = (r['text'] for r in rows_of(c.data.texts[0], c.tokenizer.max_samples, c.data.seed))
     tok = ChromaTokenizer.train(stream, c.model.vocab_size, c.tokenizer.lowercase, progress)
     tok.save(out)
     print(f'{len(tok):,} tokens written to {out}')

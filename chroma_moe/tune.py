@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .config import Config, cli, load_config, need, to_yaml
 from .sources import pairs
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
-from .store import Packed, pack
+from .packing import Packed, pack
 from .pooling import segment_mean
 from .model import ChromaModel
 from .encoder import ChromaMoE
@@ -128,7 +128,7 @@ def chroma_tune(
     refuse_launchers(); tune_cpu()
     c,start = load_config(config, profile, set), ChromaMoE.from_pretrained(pretrained)
     need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
-    p = tokenise_pairs(pairs(c.data.source, c.data.size, c.data.seed), start.tokenizer, c.data.max_length, c.tune.negatives)
+    p = tokenise_pairs(pairs(c.data.pairs[0], c.data.size, c.data.seed), start.tokenizer, c.data.max_length, c.tune.negatives)
     c = replace(c, model=start.model.m)                                                # the shape is the folder's, whatever the profile
     tune(c, start.model, p, MetricsLog(Path(out)/'metrics.jsonl'), progress=progress)
     ChromaMoE(start.model, start.tokenizer, c.data.max_length).save_pretrained(out)
