@@ -5,29 +5,33 @@
 # %% auto #0
 __all__ = ['masked_batches', 'masked_loss', 'pretrain', 'load_tokenizer', 'chroma_pretrain']
 
-# %% ../nbs/16_pretrain.ipynb #6db35ccd
+# %% ../nbs/16_pretrain.ipynb #0faf4e3d
 from collections.abc import Iterator
 from pathlib import Path
 from .config import Config, cli, load_config, need, to_yaml
-from .sources import texts
+from .mixing import texts
 from .tokenizer import ChromaTokenizer
+from .store import TokenStore
 from .blockwise import blockwise_cross_entropy
 from .model import ChromaModel
 from .encoder import ChromaMoE
 from .masking import Masked, mask_batch
 from .training import MetricsLog, epochs, fit, refuse_launchers, tune_cpu
 
-# %% ../nbs/16_pretrain.ipynb #8bbcde51
+# %% ../nbs/16_pretrain.ipynb #6cea898f
 def masked_batches(
-    ids:list[list[int]], # token ids of each text
+    ids:list[list[int]]|TokenStore, # token ids of each text
     c:Config,
 ) -> Iterator[Masked]:
     "Masked batches of about `pretrain.batch_tokens` tokens, without end."
     p = c.pretrain
+    mask = lambda texts,keys: mask_batch(texts, [(p.seed,*k) for k in keys], p.mask_ratio, p.mean_span)
+    if isinstance(ids, TokenStore):
+        for b in ids.batches(p.batch_tokens, c.data.max_length, p.seed): yield mask(b.texts, b.keys)
     batch,used = [],0
     for epoch,i in epochs(len(ids), p.seed):
         if batch and used+len(ids[i])>p.batch_tokens:
-            yield mask_batch([ids[j] for _,j in batch], [(p.seed,e,j) for e,j in batch], p.mask_ratio, p.mean_span)
+            yield mask([ids[j] for _,j in batch], batch)
             batch,used = [],0
         batch.append((epoch,i)); used += len(ids[i])
 
@@ -41,10 +45,10 @@ def masked_loss(
     loss,right = blockwise_cross_entropy(*model.words(h[masked.where]), masked.target)
     return loss, stats, dict(tokens=len(masked.batch.ids), accuracy=round(right.item()/max(1, len(masked.target)), 4))
 
-# %% ../nbs/16_pretrain.ipynb #41a70974
+# %% ../nbs/16_pretrain.ipynb #4ee67db4
 def pretrain(
     c:Config,
-    ids:list[list[int]],     # token ids of the texts, each marked `<bos>`
+    ids:list[list[int]]|TokenStore, # token ids of the texts, each marked `<bos>`
     log:MetricsLog|None=None,
     progress:bool=True,
     model:ChromaModel|None=None, # to go on from; by default a fresh one
@@ -65,7 +69,7 @@ def load_tokenizer(
          f'{c.model.vocab_size}: set model.vocab_size={len(tokenizer)}')
     return tokenizer
 
-# %% ../nbs/16_pretrain.ipynb #f3a07279
+# %% ../nbs/16_pretrain.ipynb #f12c882a
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
@@ -74,12 +78,14 @@ def chroma_pretrain(
     out:str='runs/pretrain',# folder for the model and its metrics
     progress:bool=True,     # show a bar?
 ):
-    "Phase 1: train a model on masked text."
+    "Phase 1: train a model on masked text, of `data.texts` or of the token store `data.store`."
     refuse_launchers(); tune_cpu()
     c = load_config(config, profile, set)
     need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
     tokenizer,log = load_tokenizer(c),MetricsLog(Path(out)/'metrics.jsonl')
-    ids = tokenizer.encode([r['text'] for r in texts(c.data.texts[0], c.data.size, c.data.seed)], max_length=c.data.max_length)
+    d = c.data
+    ids = TokenStore(d.store, tokenizer) if d.store else tokenizer.encode(
+        [r['text'] for r in texts(d.texts, d.size, d.seed, strategy=d.strategy, max_bad=d.max_bad)], max_length=d.max_length)
     model = pretrain(c, ids, log, progress)
     ChromaMoE(model, tokenizer, c.data.max_length).save_pretrained(out)
     (Path(out)/'config.yaml').write_text(to_yaml(c))
