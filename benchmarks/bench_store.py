@@ -26,7 +26,7 @@ def building(rows, tokenizer, home):
     store = ours(); o,p = medians(ours, peer, rounds=5)
     what = (f'{TEXTS} texts of world, {store.tokens} tokens, vocabulary {VOCAB}; {cores} processes to files that are synced; peer: encode_batch '
             f'alone, {cores} threads, {SLICE} texts at a time; tokens a second')
-    return store, dict(name='store: build', ours=store.tokens/o, peer=store.tokens/p, ratio=p/o, target=0.8, conditions=what)
+    return store, dict(name='store build', ours=store.tokens/o, peer=store.tokens/p, ratio=p/o, target=0.8, conditions=what)
 
 def reading(store, c):
     "Tokens a second of reading (packed, and with masks), and of training."
@@ -46,7 +46,7 @@ def reading(store, c):
     rows = []
     for kind,(r,t),target in zip(('packed','masked'), seconds, (20.0, None)):
         what = (f'batches of {p.batch_tokens} tokens, {kind}; peer: one step of the debug model on about 2048 tokens, float32, AdamW; tokens a second')
-        rows.append(dict(name=f'store: reading, {kind}', ours=seen[kind]/r, peer=seen['trained']/t, ratio=seen[kind]/r/(seen['trained']/t), target=target,
+        rows.append(dict(name=f'store reading, {kind}', ours=seen[kind]/r, peer=seen['trained']/t, ratio=seen[kind]/r/(seen['trained']/t), target=target,
                          conditions=what))
     return rows
 

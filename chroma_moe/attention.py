@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rope_frequencies', 'rope_table', 'score_scale', 'rotate', 'attention_loop', 'attention_way', 'packed_attention',
-           'RMSNorm', 'Cache', 'cached_attention', 'MLA', 'GroupedAttention', 'make_attention']
+           'prepare', 'RMSNorm', 'Cache', 'cached_attention', 'MLA', 'GroupedAttention', 'make_attention']
 
 # %% ../nbs/05_attention.ipynb #33d8d155
 import inspect, math
@@ -49,7 +49,7 @@ def score_scale(
     "What the product of a query and a key is multiplied by before the softmax."
     return a.width**-0.5 * (0.1*math.log(a.yarn_factor) + 1)**2
 
-# %% ../nbs/05_attention.ipynb #55189791
+# %% ../nbs/05_attention.ipynb #e2ea6fe1
 def rotate(
     x:Tensor,     # (T, H, r)
     turn:Tensor|None, # (T, r/2, 2): rows of `rope_table` at each token's position; None turns nothing
@@ -57,7 +57,7 @@ def rotate(
     "Turn each pair of numbers of `x` by its position's angle."
     if turn is None: return x
     pairs = x.to(turn.dtype).unflatten(-1, (-1,2))                                    # (T, H, r/2, 2)
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_compiling():
         (a,b),(c,s) = pairs.unbind(-1),turn[:,None].unbind(-1)
         return torch.stack([a*c-b*s, a*s+b*c], -1).flatten(-2).to(x.dtype)
     if pairs.storage_offset()%2 or any(n%2 for n in pairs.stride()[:-1]): pairs = pairs.contiguous()
@@ -91,7 +91,7 @@ def _runs(q, k, v, batch, scale, causal):
         out.append(o.transpose(1, 2).flatten(0, 1))                                   # (m*l, H, v)
     return torch.cat(out)
 
-# %% ../nbs/05_attention.ipynb #ed2ff408
+# %% ../nbs/05_attention.ipynb #8c3dc7a5
 _OPTIONS = inspect.signature(varlen_attn).parameters
 
 def _varlen_options(causal, scale, grouped):
@@ -106,7 +106,7 @@ def _varlen(q, k, v, batch, scale, causal):
     given,repeat,rescale = _varlen_options(causal, scale, q.shape[1]!=k.shape[1])
     if repeat: k,v = (x.repeat_interleave(q.shape[1]//x.shape[1], 1) for x in (k,v))
     if rescale: q = q*(scale*q.shape[-1]**0.5)
-    ends,longest = batch.cu_seqlens,batch.lengths[0]
+    ends,longest = batch.cu_seqlens,batch.longest
     return varlen_attn(q, k, v, ends, ends, longest, longest, **given)
 
 # %% ../nbs/05_attention.ipynb #028c9a3b
@@ -144,7 +144,7 @@ def attention_way(
     fits = dtype in (torch.bfloat16, torch.float16) and qk==v and qk%8==0 and qk<=256 and capability>=(8,0)
     return 'varlen' if fits else 'padded'
 
-# %% ../nbs/05_attention.ipynb #4a93339e
+# %% ../nbs/05_attention.ipynb #e06e55ab
 def packed_attention(
     q:Tensor,     # (T, H, n+r)
     k:Tensor,     # (T, G, n+r), with G a divisor of H
@@ -157,6 +157,13 @@ def packed_attention(
     "Attention of each text to itself."
     way = way or attention_way(q.device.type, q.dtype, q.shape[-1], v.shape[-1], _capability(q.device) if q.is_cuda else (0,0))
     return _WAYS[way](q, k, v, batch, scale or q.shape[-1]**-0.5, causal)
+
+def prepare(
+    batch:Packed, # computes what attention reads of it, which a compiled layer could not
+) -> Packed: # the same
+    "Make a batch ready for compiled layers."
+    for what in ('cu_seqlens','longest','positions') + (() if batch.ids.is_cuda else ('runs',)): getattr(batch, what)
+    return batch
 
 # %% ../nbs/05_attention.ipynb #e19f2bf0
 class _RMS(torch.autograd.Function):

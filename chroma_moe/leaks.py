@@ -16,7 +16,7 @@ from .config import ChromaError, need
 from .world import DOMAINS, World
 from .sources import SUFFIXES, DataFile, hub_files, local_files, log, parse_source, records
 
-# %% ../nbs/02b_leaks.ipynb #06373658
+# %% ../nbs/02b_leaks.ipynb #28d8e496
 _P,_Q = np.uint64(0x9E3779B97F4A7C15),np.uint64(0xC2B2AE3D27D4EB4F)
 _WORD = np.zeros(256, bool)
 _WORD[[*range(48, 58), *range(97, 123), *range(128, 256)]] = True   # digits, letters, and what lies beyond ASCII
@@ -26,7 +26,7 @@ def normal(
 ) -> str:
     "Lower case, compatibility forms folded, no punctuation beyond ASCII."
     t = text.lower()
-    return t if t.isascii() else re.sub(r'[\W_]+', ' ', unicodedata.normalize('NFKC', t).lower())
+    return t if t.isascii() else re.sub(r'[^\w\x00-\x7f]+', ' ', unicodedata.normalize('NFKC', t).lower())
 
 def _mix(x):
     "Spread the bits of hashes."

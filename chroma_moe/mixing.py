@@ -144,12 +144,13 @@ def report(self:Stream) -> list: # one dict a source
     return [dict(source=r.name, rows=n, share=a/total, passes=p, bad=r.report.bad, notes=dict(r.report.notes))
             for r,n,a,p in zip(self.readers, self.rows, self.amount, self.passes)]
 
-# %% ../nbs/02a_mixing.ipynb #6c103d92
+# %% ../nbs/02a_mixing.ipynb #74dfe475
 def _stream(kind, sources, size, seed, split, strategy, max_bad, shuffle, rank, ranks, worker, workers):
     need(strategy in STRATEGIES, f"the strategy is '{strategy}': give {', '.join(STRATEGIES)}")
     specs = [parse_weight(s) for s in ([sources] if isinstance(sources, str) or not hasattr(sources, '__iter__') else sources)]
     need(specs, "there are no sources: give at least one, such as 'world'")
     weights = [w for _,w in specs]
+    if not any(weights) and strategy=='weighted': strategy = 'proportional'
     need(strategy!='weighted' or len(set(w is None for w in weights))==1, f'only some of {", ".join(map(str, sources))} have a weight: give each one, or none')
     readers = [open_source(s, split, kind, 'train', max_bad, seed, size) for s,_ in specs]
     return Stream(readers, [w or 1. for w in weights], strategy, None if size=='all' else parse_size(size), shuffle, seed,

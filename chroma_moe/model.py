@@ -23,7 +23,7 @@ from .attention import Cache, RMSNorm, make_attention, rope_frequencies, rope_ta
 from .moe import feed_forward, stack_stats
 from .pooling import LatentPooling
 
-# %% ../nbs/09_model.ipynb #525a1dd1
+# %% ../nbs/09_model.ipynb #5f33bc7a
 def make_norm(m:ModelConfig) -> nn.Module:
     "The norm that `model.norm` names, over the width of the stream."
     return RMSNorm(m.dim, m.norm_eps) if m.norm=='rms' else nn.LayerNorm(m.dim, m.norm_eps, bias=False)
@@ -36,8 +36,16 @@ class Block(nn.Module):
         self.norm_m,self.moe = make_norm(m), feed_forward(m, layer)
         self.drop = nn.Dropout(m.dropout) if m.dropout else nn.Identity()
 
-    def forward(self, h:Tensor, batch:Packed, turn:Tensor|None, cache:Cache|None=None) -> tuple: # (T, D), -, (T, r/2, 2) -> (T, D), RoutingStats or None
+    def forward(
+        self,
+        h:Tensor,         # (T, D) the stream
+        batch:Packed,     # where the texts lie
+        turn:Tensor|None, # (T, r/2, 2) the rotation of each token
+        cache:Cache|None=None, # filled for `step`
+        rows:Tensor|None=None, # (n,) tokens to go on with after attention; None is all
+    ) -> tuple: # (T, D), or (n, D) with `rows`; RoutingStats or None
         h = h + self.drop(self.attention(self.norm_a(h), batch, turn, cache))
+        if rows is not None: h = h[rows]
         y,stats = self.moe(self.norm_m(h))
         return h + self.drop(y), stats
 
@@ -68,7 +76,7 @@ def init_weights(
         if name=='position_embedding.weight': std /= 10
         if p.device.type!='meta': nn.init.normal_(p, std=std, generator=g)
 
-# %% ../nbs/09_model.ipynb #edd550a9
+# %% ../nbs/09_model.ipynb #c58a78b0
 class ChromaModel(nn.Module):
     "Embedding, blocks, and two heads: the tied vocabulary and the pooling."
     def __init__(self, m:ModelConfig, seed:int=0):
@@ -82,14 +90,20 @@ class ChromaModel(nn.Module):
         self.pool = LatentPooling(m)
         init_weights(self, m, seed)
 
-    def hidden(self, batch:Packed, caches:list[Cache]|None=None) -> tuple: # -> (T, D), RoutingStats with (layers, E) fields or None
-        "The residual stream: a vector for each token. `caches`, one a block, are filled for `step`."
+    def hidden(
+        self,
+        batch:Packed,
+        caches:list[Cache]|None=None, # one a block, filled for `step`
+        rows:Tensor|None=None,        # (n,) the tokens whose vectors are asked for; None is all
+    ) -> tuple: # (T, D), or (n, D) with `rows`; RoutingStats with (layers, E) fields, or None
+        "The residual stream: a vector for each token."
         need(batch.lengths[0]<=self.m.max_length, f'a text has {batch.lengths[0]} tokens and model.max_length is '
              f'{self.m.max_length}: cut it, or raise model.max_length')
         h,turn = self.enter(batch.ids, batch.positions)
-        again,stats = self.m.checkpoint and torch.is_grad_enabled() and caches is None, []
-        for block,cache in zip(self.blocks, caches or [None]*len(self.blocks)):
-            h,s = checkpoint(block, h, batch, turn, use_reentrant=False) if again else block(h, batch, turn, cache)
+        again,stats,last = self.m.checkpoint and torch.is_grad_enabled() and caches is None, [], len(self.blocks)-1
+        for i,block in enumerate(self.blocks):
+            args = h, batch, turn, caches[i] if caches else None, rows if i==last else None
+            h,s = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
             stats.append(s)
         return h, stack_stats(stats)
 
@@ -174,7 +188,7 @@ def read_model_config(
     try: return build(ModelConfig, c.get('model'), 'model')
     except ConfigError as e: raise ConfigError(f"'{p}': {e} ({by})") from None
 
-# %% ../nbs/09_model.ipynb #8197ce3d
+# %% ../nbs/09_model.ipynb #171c8d16
 def load_model(
     folder,      # written by `save_model`
 ) -> ChromaModel:
@@ -186,8 +200,8 @@ def load_model(
     wanted = {k: tuple(v.shape) for k,v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k,v in weights.items()}
     odd = sorted(k for k in wanted.keys()|found.keys() if wanted.get(k)!=found.get(k))
-    need(not odd, f"'{p}': {len(odd)} tensors do not fit config.json, such as {', '.join(f'{k} ({found.get(k)}, config.json asks for {wanted.get(k)})' for k in odd[:1])}"
-         ": weights and config are of two models, copy both from one")
+    what = ''.join(f"'{k}' is {found.get(k)} and config.json asks for {wanted.get(k)}" for k in odd[:1])
+    need(not odd, f"'{p}': {len(odd)} tensors do not fit config.json, such as {what}: weights and config are of two models, copy both from one")
     ints = [k for k,v in weights.items() if not v.is_floating_point()]
     need(not ints, f"'{p}': {', '.join(ints[:1])} holds {weights[ints[0]].dtype if ints else ''}, not real numbers: use weights that save_model wrote")
     model.load_state_dict(weights, assign=True)

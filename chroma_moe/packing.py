@@ -12,7 +12,7 @@ import numpy as np, torch
 from torch import Tensor
 from .config import need
 
-# %% ../nbs/04_packing.ipynb #abc42d14
+# %% ../nbs/04_packing.ipynb #d0999454
 @dataclass(frozen=True)
 class Packed:
     "B texts of T tokens in all, end to end, longest first."
@@ -38,6 +38,8 @@ class Packed:
     def runs(self) -> list[tuple[int,int]]: # (number of texts, their length) for each run of equal lengths
         values,counts = np.unique(self.lengths, return_counts=True)
         return [(int(n),int(l)) for l,n in zip(values[::-1], counts[::-1])]
+    @cached_property
+    def longest(self) -> int: return self.lengths[0] # tokens in the longest text
 
     def __len__(self): return len(self.lengths)
     def restore(self, x:Tensor) -> Tensor: # (B, ...) one row a packed text -> the order the texts came in

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'PAD', 'MASK', 'BOS', 'EOS', 'QUERY', 'DOCUMENT', 'HOSTILE', 'add_terms', 'train_bpe', 'ChromaTokenizer',
-           'as_read', 'adopt', 'tiktoken_encoding', 'bpe_of_ranks']
+           'as_read', 'adopt', 'tiktoken_encoding', 'bpe_of_ranks', 'general_texts', 'fertility', 'Check', 'verify',
+           'chroma_tokenizer']
 
 # %% ../nbs/03_tokenizer.ipynb #7b99025c
 import base64, hashlib, json, os, re, sysconfig, tempfile
@@ -79,7 +80,7 @@ def _writable(text):
     try: text.encode(); return text
     except UnicodeEncodeError: return text.encode('utf-16','surrogatepass').decode('utf-16','replace')
 
-# %% ../nbs/03_tokenizer.ipynb #1bf88e20
+# %% ../nbs/03_tokenizer.ipynb #417e8486
 class ChromaTokenizer:
     "A tokenizer with our special tokens as its ids 0 to 5."
     def __init__(self, tok:Tokenizer):
@@ -111,6 +112,7 @@ class ChromaTokenizer:
         with open(tmp, 'w', encoding='utf-8') as f: f.write(self.tok.to_str()); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, folder/'tokenizer.json')
 
+    def __reduce__(self): return type(self),(self.tok,)  # for worker processes
     def __len__(self): return self.size
     def decode(self, ids:list) -> str: return self.tok.decode(list(ids))
 
@@ -131,20 +133,22 @@ class ChromaTokenizer:
 
     def _own(self, ids): return [i for i in ids if i>=len(SPECIALS)] if self._leaks else ids
 
-# %% ../nbs/03_tokenizer.ipynb #d0fbcdb4
+# %% ../nbs/03_tokenizer.ipynb #90243c28
 HOSTILE = ('', ' ', '\x00', 'a\x00b', '  two  spaces ', '\t\n\r\n mixed \r\n\u2028ends', 'naïve café e\u0301 J\u030c \u1e9b\u0323', '10² ½ ﬁ ™ Å ß İ Σς',
            '€ 5 – 7 m²', 'مرحبا \u202eabc\u202c שלום', '日本語 中文 한국어', '👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈', '\ud800 lone \udfff', '\ufeff\ufffd\ufdd0\U0010ffff',
-           ' '.join(SPECIALS), 'Z\u0351\u036b\u0343a\u0328l\u0315'*50, 'a'*1_000_000, '$1.5 \u0301\n'*125_000) # the last two: a million characters
+           ' '.join(SPECIALS), 'Z\u0351\u036b\u0343a\u0328l\u0315'*50, '$1.5 \u0301\n'*1000, 'a'*1_000_000)
+
+def _folds(tok): return bool(tok.normalizer) and tok.normalizer.normalize_str('A')=='a'
 
 def as_read(
-    tok:Tokenizer, # ours
+    tok:Tokenizer, # byte-level
     text:str,
 ) -> str:
-    "What `text` is after encoding and decoding: capitals folded, if they are, and composed."
-    text = _writable(text)
-    return normalize('NFC', ''.join(c.lower() for c in text) if tok.normalizer.normalize_str('A')=='a' else text)
+    "What `text` is after encoding and decoding: capitals folded and characters composed, where `tok` does so."
+    text = ''.join(c.lower() for c in _writable(text)) if _folds(tok) else _writable(text)
+    return normalize('NFC', text) if tok.normalizer and tok.normalizer.normalize_str('e\u0301')=='é' else text
 
-# %% ../nbs/03_tokenizer.ipynb #c41bbc70
+# %% ../nbs/03_tokenizer.ipynb #a6d9d0e3
 def _renamed(token): return f'{token} (adopted)' if token in SPECIALS else token
 
 def adopt(
@@ -159,7 +163,9 @@ def adopt(
         if model['unk_id'] is not None: model['unk_id'] += n
     else:
         need(isinstance(model.get('vocab'), dict), f"the tokenizer is of the kind {model['type']}: BPE, WordPiece, Unigram and WordLevel can be adopted")
-        ids = model['vocab'] | {a['content']: a['id'] for a in added}
+        ids = model['vocab']
+        more = {a['content']: a['id'] for a in added if a['content'] not in ids}
+        if list(more.values())!=[*range(len(ids), len(ids)+len(more))]: ids |= more    # the library would close gaps
         model['vocab'] = {s: i for i,s in enumerate(SPECIALS)} | {_renamed(t): i+n for t,i in ids.items()}
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     state['added_tokens'] = [dict(id=i, content=s, **plain) for i,s in enumerate(SPECIALS)] + \
@@ -168,8 +174,8 @@ def adopt(
     ours = Tokenizer.from_str(json.dumps(state))
     old,new = tok.get_vocab(),ours.get_vocab()
     odd = next((t for t,i in old.items() if new.get(_renamed(t))!=i+n), None)
-    need(odd is None, f"token {odd!r} of the tokenizer is {old.get(odd)} and would become {new.get(odd)}: its ids have gaps, save it again "
-         'without added tokens')
+    need(odd is None, f"token {odd!r} has the id {old.get(odd)} and would get {new.get(odd)}: the ids of this tokenizer have gaps, save it again without "
+         'added tokens')
     return ours
 
 # %% ../nbs/03_tokenizer.ipynb #c45a0311
@@ -224,3 +230,129 @@ def from_tiktoken(
     "The tokenizer of a tiktoken encoding, adopted: its ids plus six."
     e = tiktoken_encoding(encoding, file) if isinstance(encoding,str) else dict(mergeable_ranks=encoding._mergeable_ranks, pat_str=encoding._pat_str)
     return cls(adopt(bpe_of_ranks(e['mergeable_ranks'], e['pat_str'])))
+
+# %% ../nbs/03_tokenizer.ipynb #2f55edfe
+def general_texts() -> Iterator[str]:
+    "Paragraphs of English that every Python brings: its language reference and the documentation inside its library."
+    from pydoc_data.topics import topics
+    root = Path(sysconfig.get_path('stdlib'))
+    files = (p for p in sorted(root.rglob('*.py')) if not {'site-packages','dist-packages','test','tests','idle_test'} & {*p.relative_to(root).parts})
+    strings = (s for p in files for s in re.findall(r'"""(.+?)"""', p.read_text(encoding='utf-8', errors='replace'), flags=re.S))
+    for text in (*topics.values(), *strings):
+        for part in text.split('\n\n'):
+            if len(part)>60: yield ' '.join(part.split())
+
+def fertility(
+    tok, # a ChromaTokenizer
+    texts:list[str],
+) -> tuple[float,float]: # bytes a token, tokens a word
+    "How much text a token carries."
+    n = sum(len(i)-2 for i in tok.encode(texts, max_length=10**9))
+    return sum(len(_writable(t).encode()) for t in texts)/n, n/sum(len(t.split()) for t in texts)
+
+# %% ../nbs/03_tokenizer.ipynb #97f2e8cd
+class Check(NamedTuple):
+    "One line of a verification."
+    name:str  # what was looked at
+    ok:bool
+    said:str  # what was found
+
+def _check_terms(tok, terms):
+    "Each form one token, and the added ones in no other word."
+    fold,model = _folds(tok.tok),json.loads(tok.tok.to_str())['model']
+    every = [(t,f) for t in terms for f in forms(t, fold)]
+    ids = [i[1:-1] for i in tok.encode([f for _,f in every])]
+    bad = next((f"'{t}', written {f!r}, is {len(i)} tokens: {' '.join(tok.tok.id_to_token(x) for x in i)}" for (t,f),i in zip(every, ids)
+                if len(i)!=1 or tok.decode(i)!=as_read(tok.tok, f)), None)
+    if bad: return [Check('terms', False, bad)]
+    made = {a+b for a,b in model.get('merges', ())}
+    added = {i[0]: t for (t,_),i in zip(every, ids) if tok.tok.id_to_token(i[0]) not in made}
+    near = [(t,f) for t,f in every if not f.startswith(' ')]
+    near = [(t,w) for t,f in near for w in (f+'ic', f+'es', 'x'+f)]
+    bad = next((f"'{t}' turns up in '{w}'" for (t,w),i in zip(near, tok.encode([w for _,w in near])) if t in map(added.get, i)), None)
+    cost = f'{len(ids)} forms of {len(terms)} terms, one token each: {len(ids)-len(added)} learned, {len(added)} added ({len(added)/len(tok):.1%} of the vocabulary)'
+    return [Check('terms', True, cost), Check('inside words', not bad, bad or f'no added term in {len(near)} words such as {near[0][1]}, {near[2][1]}')]
+
+# %% ../nbs/03_tokenizer.ipynb #4165d784
+def _lossless(tok):
+    "Does it promise that every text can be read back?"
+    known = {'Sequence', 'NFC', 'Lowercase', 'ByteLevel', 'Split', 'Digits', None}
+    state = json.loads(tok.to_str())
+    def kinds(x): return {x['type']}.union(*map(kinds, x.get('normalizers', x.get('pretokenizers', ())))) if x else set()
+    return kinds(state['decoder'])=={'ByteLevel'} and kinds(state['normalizer']) | kinds(state['pre_tokenizer']) <= known
+
+def _check_text(tok):
+    "Whatever the string, it comes back."
+    if not _lossless(tok.tok): return Check('round trip', True, 'not promised: this tokenizer changes texts in its own way')
+    bad = next((s for s in HOSTILE if tok.decode(tok.encode([s], max_length=10**9)[0])!=as_read(tok.tok, s)), None)
+    return Check('round trip', bad is None, f'{len(HOSTILE)} hostile strings came back' if bad is None else f'{bad[:40]!r} does not come back')
+
+def verify(
+    tok:ChromaTokenizer,
+    samples:dict,            # name -> texts it has not seen
+    general:list[str]=(),    # texts to train a general tokenizer of the same size on; () leaves it out
+    terms:Iterable[str]=TERMS, # that it promises; () for none
+) -> list[Check]:
+    "What the tokenizer promises, tested, and what it buys, measured."
+    out = _check_terms(tok, terms) if terms else []
+    out.append(_check_text(tok))
+    peer = ChromaTokenizer.train(general, max(len(tok), 262), _folds(tok.tok)) if general else None
+    for name,texts in samples.items():
+        (size,cost),said = fertility(tok, texts),''
+        if peer: their_size,their_cost = fertility(peer, texts); said = f'; a general one of {len(peer):,}: {their_size:.2f}, {their_cost:.2f}'
+        out.append(Check(name, True, f'{size:.2f} bytes a token, {cost:.2f} tokens a word{said}'))
+    return out
+
+# %% ../nbs/03_tokenizer.ipynb #484acabd
+def _texts_by_domain(c, sources, n=1000):
+    "Texts of the test split, where the sources have one."
+    def read(split): return list(rows_of(sources, n, c.data.seed, split, c.data.strategy, c.data.max_bad))
+    try: rows = read('test')
+    except ChromaError: rows = read('train')
+    return {d: [r['text'] for r in rows if r.get('domain','text')==d] for d in sorted({r.get('domain','text') for r in rows})}
+
+def _verify_folder(c, folder, sources, general):
+    texts = [r['text'] for r in rows_of(general, 50_000)] if general else list(general_texts())
+    samples = _texts_by_domain(c, sources) | {'general': texts[::10]}
+    checks = verify(ChromaTokenizer.load(folder), samples, [t for i,t in enumerate(texts) if i%10], TERMS if c.tokenizer.terms else ())
+    for x in checks: print(f"{x.name:14}{'ok' if x.ok else 'FAILS':7}{x.said}")
+    bad = next((x for x in checks if not x.ok), None)
+    if bad: raise ChromaError(f"the tokenizer in '{folder}' fails on {bad.name}: {bad.said}")
+
+def _foreign(name):
+    "A tokenizer of others, by path or as tiktoken calls it."
+    if name.endswith('.tiktoken'): return ChromaTokenizer.from_tiktoken(Path(name).stem, name)
+    return ChromaTokenizer.from_tiktoken(name) if re.fullmatch(r'\w+', name) and not Path(name).exists() else ChromaTokenizer.load(name)
+
+# %% ../nbs/03_tokenizer.ipynb #d20c706c
+@cli
+def chroma_tokenizer(
+    config:str|None=None,   # a YAML file
+    profile:str|None=None,  # tiny, debug or full
+    set:list[str]=(),       # section.key=value; tokenizer.terms=false leaves the domain terms out
+    source:list[str]=(),    # NAME_OR_PATH[=WEIGHT] of texts; by default tokenizer.sources, or else data.texts
+    vocab_size:int|None=None, # tokens, such as 32000, 65536 or 98304; by default model.vocab_size
+    max_samples:str|None=None, # texts to read, at most: 5000, 10k, 2m or all; by default tokenizer.max_samples
+    debug:bool=False,       # read a thousand texts, whatever else is given?
+    cased:bool=False,       # keep capitals? They are folded by default, or as tokenizer.lowercase says
+    digits:str|None=None,   # a number is one word (whole), or each digit is (split); by default tokenizer.digits
+    adopt:str|None=None,    # do not train: take this tokenizer.json, or a tiktoken encoding such as o200k_base.tiktoken
+    out:str|None=None,      # folder for tokenizer.json; by default tokenizer.path
+    verify:str|None=None,   # do not train: check the tokenizer in this folder, and measure it on the test split of the sources
+    general:str|None=None,  # source of general texts to compare with when verifying; by default Python's own documentation
+    progress:bool=True,     # show a bar?
+):
+    "Train a byte-level BPE that keeps domain terms whole, adopt a foreign tokenizer, or verify one."
+    c = load_config(config, profile, [*set, *([f'tokenizer.digits={digits}'] if digits else []), *(['tokenizer.lowercase=false'] if cased else [])])
+    sources,out = tuple(source) or c.tokenizer.sources or c.data.texts, out or c.tokenizer.path
+    if verify: return _verify_folder(c, verify, sources, general)
+    need(not (Path(out)/'tokenizer.json').exists(), f"'{out}' already holds a tokenizer: give another --out, or remove it")
+    if adopt: tok,asked = _foreign(adopt),0
+    else:
+        size,asked = '1k' if debug else max_samples or c.tokenizer.max_samples, vocab_size or c.model.vocab_size
+        stream = (r['text'] for r in rows_of(sources, size, c.data.seed, 'train', c.data.strategy, c.data.max_bad))
+        stream = tqdm(stream, 'reading', None if size=='all' else parse_size(size), unit=' texts', disable=not progress)
+        tok = ChromaTokenizer.train(stream, asked, c.tokenizer.lowercase, digits=c.tokenizer.digits, terms=TERMS if c.tokenizer.terms else ())
+    tok.save(out)
+    few = f' ({asked:,} were asked for: the texts hold no more pairs that occur twice)' if len(tok)<asked else ''
+    print(f'{len(tok):,} tokens written to {out}{few}')
