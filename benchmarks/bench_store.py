@@ -14,7 +14,7 @@ from chroma_moe.store import build_store
 from chroma_moe.tokenizer import ChromaTokenizer
 from chroma_moe.world import World
 
-TEXTS,VOCAB,SLICE,READ = 20_000,8192,1000,400_000
+TEXTS,VOCAB,SLICE,READ = 40_000,8192,1000,400_000
 
 def building(rows, tokenizer, home):
     "Seconds of a build, and of encoding alone with as many threads as the build has processes."

@@ -72,7 +72,8 @@ def main():
         p,runs = tokenise_pairs(pairs, tok, args.max_length),[]
         for seed in range(args.seeds):
             bag = TokenBag(len(tok), 128, seed)
-            c = load_config(profile='tiny', sets=[f'tune.steps={args.steps}', 'tune.batch_pairs=256', 'tune.lr=0.05', 'tune.min_lr=0.0005', f'tune.seed={seed}'])
+            c = load_config(profile='tiny', sets=[f'tune.steps={args.steps}', 'tune.batch_pairs=256', 'tune.lr=0.05', 'tune.min_lr=0.0005',
+                                                  f'tune.seed={seed}'])
             tune(c, bag, p, progress=False); runs.append([by_bag(tok, bag, *s) for s in sets.values()])
         scores['bag'] = np.mean(runs, 0).tolist()
         for how,values in scores.items(): print(f"{name:24}{how:6}{''.join(f'{v:11.3f}' for v in values)}{np.mean(values):8.3f}", flush=True)

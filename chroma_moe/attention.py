@@ -165,7 +165,7 @@ def prepare(
     for what in ('cu_seqlens','longest','positions') + (() if batch.ids.is_cuda else ('runs',)): getattr(batch, what)
     return batch
 
-# %% ../nbs/05_attention.ipynb #e19f2bf0
+# %% ../nbs/05_attention.ipynb #47e2d303
 class _RMS(torch.autograd.Function):
     "RMSNorm on the CPU, its backward pass in few passes over memory."
     @staticmethod
@@ -185,7 +185,8 @@ class _RMS(torch.autograd.Function):
 class RMSNorm(nn.RMSNorm):
     "nn.RMSNorm, faster to train on a CPU."
     def forward(self, x:Tensor) -> Tensor: # (..., D) -> (..., D)
-        ours = x.device.type=='cpu' and x.dtype==self.weight.dtype and x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()
+        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))                     # the kernels want one kind of number
+        ours = x.device.type=='cpu' and x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()
         return _RMS.apply(x, self.weight, self.eps) if ours else super().forward(x)
 
 # %% ../nbs/05_attention.ipynb #0e30e45d

@@ -7,14 +7,14 @@ __all__ = ['FIXED_MINUTES', 'PRETRAIN_SHARE', 'PRETRAIN_RATE', 'TUNE_RATE', 'PAI
            'Stages', 'domain_routing', 'sample_searches', 'map_points', 'demo_texts', 'demo_pairs', 'bag_config',
            'summarise', 'summary_table', 'chroma_demo']
 
-# %% ../nbs/26_demo.ipynb #53bf9fe5
+# %% ../nbs/26_demo.ipynb #3338339a
 import itertools, json, os, shutil, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from .config import Config, cli, count_params, load_config, need, to_yaml
 from .world import DOMAINS, World
-from .sources import pairs, texts
+from .mixing import pairs, texts
 from .tokenizer import ChromaTokenizer
 from .packing import pack, token_batches
 from .model import ChromaModel
@@ -144,16 +144,16 @@ def map_points(
         out += [dict(x=round(x, 4), y=round(y, 4), domain=domain, label=r['label'], text=r['text'][:160]) for r,(x,y) in zip(some, (e@axes.T).tolist())]
     return out
 
-# %% ../nbs/26_demo.ipynb #b40e01c6
+# %% ../nbs/26_demo.ipynb #d8edf62a
 def demo_texts(c):
     "As many texts as the steps of phase 1 can use."
     n = min(TEXTS, max(1000, c.pretrain.steps*c.pretrain.batch_tokens//20))
-    return [r['text'] for r in texts(c.data.texts[0], n, c.data.seed)]
+    return [r['text'] for r in texts(c.data.texts, n, c.data.seed)]
 
 def _tokenizer(c):
     def make(folder):
         words = demo_texts(c)
-        questions = (p['query'] for p in pairs(c.data.pairs[0], len(words)//2, c.data.seed))
+        questions = (p['query'] for p in pairs(c.data.pairs, len(words)//2, c.data.seed))
         ChromaTokenizer.train(itertools.chain(words, questions), c.model.vocab_size).save(folder)
     return make
 
@@ -168,7 +168,7 @@ def _pretrained(c, stages, tokenizer, bag, progress):
 def demo_pairs(c, tokenizer):
     "As many tokenised pairs as the steps can use."
     n = min(PAIRS, c.tune.steps*c.tune.batch_pairs)
-    return tokenise_pairs(pairs(c.data.pairs[0], n, c.data.seed), tokenizer, 64, c.tune.negatives)
+    return tokenise_pairs(pairs(c.data.pairs, n, c.data.seed), tokenizer, 64, c.tune.negatives)
 
 def bag_config(c, steps=400):
     "The bag at its best: a high rate, and batches twice as large."

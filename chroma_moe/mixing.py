@@ -144,10 +144,11 @@ def report(self:Stream) -> list: # one dict a source
     return [dict(source=r.name, rows=n, share=a/total, passes=p, bad=r.report.bad, notes=dict(r.report.notes))
             for r,n,a,p in zip(self.readers, self.rows, self.amount, self.passes)]
 
-# %% ../nbs/02a_mixing.ipynb #74dfe475
+# %% ../nbs/02a_mixing.ipynb #639d4c64
 def _stream(kind, sources, size, seed, split, strategy, max_bad, shuffle, rank, ranks, worker, workers):
     need(strategy in STRATEGIES, f"the strategy is '{strategy}': give {', '.join(STRATEGIES)}")
-    specs = [parse_weight(s) for s in ([sources] if isinstance(sources, str) or not hasattr(sources, '__iter__') else sources)]
+    sources = [sources] if isinstance(sources, str) or not hasattr(sources, '__iter__') else list(sources)
+    specs = [parse_weight(s) for s in sources]
     need(specs, "there are no sources: give at least one, such as 'world'")
     weights = [w for _,w in specs]
     if not any(weights) and strategy=='weighted': strategy = 'proportional'

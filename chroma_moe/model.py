@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'make_norm', 'Block', 'writes_stream', 'init_weights', 'ChromaModel', 'save_model', 'read_model_config',
            'load_model']
 
-# %% ../nbs/09_model.ipynb #8021bc25
+# %% ../nbs/09_model.ipynb #d1643708
 import json, os
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from . import __version__
 from .config import ModelConfig, ChromaError, ConfigError, build, need
 from .packing import Packed
-from .attention import Cache, RMSNorm, make_attention, rope_frequencies, rope_table
+from .attention import Cache, RMSNorm, make_attention, prepare, rope_frequencies, rope_table
 from .moe import feed_forward, stack_stats
 from .pooling import LatentPooling
 
@@ -76,18 +76,19 @@ def init_weights(
         if name=='position_embedding.weight': std /= 10
         if p.device.type!='meta': nn.init.normal_(p, std=std, generator=g)
 
-# %% ../nbs/09_model.ipynb #c58a78b0
+# %% ../nbs/09_model.ipynb #ff9651c8
 class ChromaModel(nn.Module):
     "Embedding, blocks, and two heads: the tied vocabulary and the pooling."
     def __init__(self, m:ModelConfig, seed:int=0):
         super().__init__()
         self.m,self._tables = m,{}
-        self.embedding = nn.Embedding(m.vocab_size, m.dim)
-        self.position_embedding = nn.Embedding(m.max_length, m.dim) if m.positions=='learned' else None
-        self.drop = nn.Dropout(m.dropout) if m.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(m, i) for i in range(m.layers))
-        self.norm = make_norm(m)
-        self.pool = LatentPooling(m)
+        with torch.random.fork_rng(devices=[]):                                       # torch's own first weights are drawn and dropped
+            self.embedding = nn.Embedding(m.vocab_size, m.dim)
+            self.position_embedding = nn.Embedding(m.max_length, m.dim) if m.positions=='learned' else None
+            self.drop = nn.Dropout(m.dropout) if m.dropout else nn.Identity()
+            self.blocks = nn.ModuleList(Block(m, i) for i in range(m.layers))
+            self.norm = make_norm(m)
+            self.pool = LatentPooling(m)
         init_weights(self, m, seed)
 
     def hidden(
@@ -99,6 +100,7 @@ class ChromaModel(nn.Module):
         "The residual stream: a vector for each token."
         need(batch.lengths[0]<=self.m.max_length, f'a text has {batch.lengths[0]} tokens and model.max_length is '
              f'{self.m.max_length}: cut it, or raise model.max_length')
+        prepare(batch)
         h,turn = self.enter(batch.ids, batch.positions)
         again,stats,last = self.m.checkpoint and torch.is_grad_enabled() and caches is None, [], len(self.blocks)-1
         for i,block in enumerate(self.blocks):

@@ -45,7 +45,7 @@ def masked_loss(
     loss,right = blockwise_cross_entropy(*model.words(h[masked.where]), masked.target)
     return loss, stats, dict(tokens=len(masked.batch.ids), accuracy=round(right.item()/max(1, len(masked.target)), 4))
 
-# %% ../nbs/16_pretrain.ipynb #4ee67db4
+# %% ../nbs/16_pretrain.ipynb #fc5bf80c
 def pretrain(
     c:Config,
     ids:list[list[int]]|TokenStore, # token ids of the texts, each marked `<bos>`
@@ -56,7 +56,7 @@ def pretrain(
     "Train a model on masked text."
     model = model or ChromaModel(c.model, c.pretrain.seed)
     fit(model, masked_batches(ids, c), lambda batch: masked_loss(model, batch), c.pretrain, c.optim, 'pretrain', log or MetricsLog(),
-        balance=c.model.moe.balance, progress=progress)
+        moe=c.model.moe, progress=progress)
     return model
 
 # %% ../nbs/16_pretrain.ipynb #ac5c5d4a

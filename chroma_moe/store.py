@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'INDEX', 'token_dtype', 'fingerprint', 'read_manifest', 'unfinished', 'Job', 'parallel_map', 'build_store',
            'TokenStore', 'describe', 'verify_store', 'StoreBatch', 'StoreReader', 'merge_stores']
 
-# %% ../nbs/04a_store.ipynb #2d695c6f
-import hashlib, json, os, shutil, signal, sys, threading, time
+# %% ../nbs/04a_store.ipynb #4acc82ed
+import gc, hashlib, json, os, shutil, signal, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -252,12 +252,13 @@ def _file_faults(folder, entry, dtype):
     return faults + [f'{p.name} has changed: its SHA-256 is not the one in the manifest' for kind,p in paths.items()
                      if _sha(_mapped(p, np.uint8))!=entry['sha256'][kind]]
 
-# %% ../nbs/04a_store.ipynb #d0518fce
+# %% ../nbs/04a_store.ipynb #5baf006a
 _WORK = []
 
 def _start_worker(f, parent):
     "Remember what to do; end with the parent, and at Ctrl-C without a word."
     _WORK[:] = [f]
+    gc.freeze()                                        # what the parent holds is not searched for garbage, and so not copied
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     def follow():
         while os.getppid()==parent: time.sleep(0.2)

@@ -38,7 +38,7 @@ SHOP = '''
 
 TERMS = tuple(FINANCE + SHOP)
 
-# %% ../nbs/02c_terms.ipynb #37b4a19b
+# %% ../nbs/02c_terms.ipynb #7cdc2054
 def split_rule(
     digits:str='whole', # a number is one word, or 'split': each digit is
     terms=(),           # those with digits or marks become words
@@ -48,7 +48,10 @@ def split_rule(
     need(digits in _NUMBER, f"digits is '{digits}': give 'whole' or 'split'")
     marked = sorted({t.lower() for t in terms if not t.isalpha()}, key=lambda t: (-len(t), t))
     names = '|'.join(re.sub(r'[^a-z0-9/&-]', r'\\\g<0>', t) for t in marked)
-    term = rf" ?(?<![\p{{L}}\p{{N}}\p{{M}}\p{{Sc}}])(?<!\p{{N}}[.,])(?{'i' if cased else ''}:{names})(?![\p{{L}}\p{{N}}\p{{M}}])"
+    soon = max((len(re.match('[a-z]*', t)[0]) for t in marked), default=0)      # letters before the first digit or mark
+    glance = rf"(?=(?>[a-zA-Z]{{0,{soon}}})[^a-zA-Z\s])"                        # most words fail here, and the list is not read
+    before,after = r"(?<![\p{L}\p{N}\p{M}\p{Sc}])(?<!\p{N}[.,])", r"(?![\p{L}\p{N}\p{M}])"
+    term = rf" ?{glance}{before}(?{'i' if cased else ''}:{names}){after}"
     return '|'.join([term]*bool(marked) + [_ENDING, _WORD, _NUMBER[digits], _MARKS, _SPACE])
 
 # %% ../nbs/02c_terms.ipynb #bc496a48

@@ -7,10 +7,9 @@ __all__ = ['SPECIALS', 'PAD', 'MASK', 'BOS', 'EOS', 'QUERY', 'DOCUMENT', 'HOSTIL
            'as_read', 'adopt', 'tiktoken_encoding', 'bpe_of_ranks', 'general_texts', 'fertility', 'Check', 'verify',
            'chroma_tokenizer']
 
-# %% ../nbs/03_tokenizer.ipynb #7b99025c
-import base64, hashlib, json, os, re, sysconfig, tempfile
+# %% ../nbs/03_tokenizer.ipynb #f4b03aab
+import base64, hashlib, json, os, re, sys, sysconfig, tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -133,10 +132,10 @@ class ChromaTokenizer:
 
     def _own(self, ids): return [i for i in ids if i>=len(SPECIALS)] if self._leaks else ids
 
-# %% ../nbs/03_tokenizer.ipynb #90243c28
+# %% ../nbs/03_tokenizer.ipynb #b6bb72d9
 HOSTILE = ('', ' ', '\x00', 'a\x00b', '  two  spaces ', '\t\n\r\n mixed \r\n\u2028ends', 'naïve café e\u0301 J\u030c \u1e9b\u0323', '10² ½ ﬁ ™ Å ß İ Σς',
-           '€ 5 – 7 m²', 'مرحبا \u202eabc\u202c שלום', '日本語 中文 한국어', '👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈', '\ud800 lone \udfff', '\ufeff\ufffd\ufdd0\U0010ffff',
-           ' '.join(SPECIALS), 'Z\u0351\u036b\u0343a\u0328l\u0315'*50, '$1.5 \u0301\n'*1000, 'a'*1_000_000)
+           '€ 5 – 7 m²', 'مرحبا \u202eabc\u202c שלום', '日本語 中文 한국어', '👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈', '\ud800 lone \udfff',
+           '\ufeff\ufffd\ufdd0\U0010ffff', ' '.join(SPECIALS), 'Z\u0351\u036b\u0343a\u0328l\u0315'*50, '$1.5 \u0301\n'*1000, 'a'*1_000_000)
 
 def _folds(tok): return bool(tok.normalizer) and tok.normalizer.normalize_str('A')=='a'
 
@@ -250,30 +249,35 @@ def fertility(
     n = sum(len(i)-2 for i in tok.encode(texts, max_length=10**9))
     return sum(len(_writable(t).encode()) for t in texts)/n, n/sum(len(t.split()) for t in texts)
 
-# %% ../nbs/03_tokenizer.ipynb #97f2e8cd
+# %% ../nbs/03_tokenizer.ipynb #19794b73
 class Check(NamedTuple):
     "One line of a verification."
     name:str  # what was looked at
     ok:bool
     said:str  # what was found
 
-def _check_terms(tok, terms):
-    "Each form one token, and the added ones in no other word."
-    fold,model = _folds(tok.tok),json.loads(tok.tok.to_str())['model']
-    every = [(t,f) for t in terms for f in forms(t, fold)]
-    ids = [i[1:-1] for i in tok.encode([f for _,f in every])]
-    bad = next((f"'{t}', written {f!r}, is {len(i)} tokens: {' '.join(tok.tok.id_to_token(x) for x in i)}" for (t,f),i in zip(every, ids)
-                if len(i)!=1 or tok.decode(i)!=as_read(tok.tok, f)), None)
-    if bad: return [Check('terms', False, bad)]
-    made = {a+b for a,b in model.get('merges', ())}
-    added = {i[0]: t for (t,_),i in zip(every, ids) if tok.tok.id_to_token(i[0]) not in made}
-    near = [(t,f) for t,f in every if not f.startswith(' ')]
-    near = [(t,w) for t,f in near for w in (f+'ic', f+'es', 'x'+f)]
-    bad = next((f"'{t}' turns up in '{w}'" for (t,w),i in zip(near, tok.encode([w for _,w in near])) if t in map(added.get, i)), None)
-    cost = f'{len(ids)} forms of {len(terms)} terms, one token each: {len(ids)-len(added)} learned, {len(added)} added ({len(added)/len(tok):.1%} of the vocabulary)'
-    return [Check('terms', True, cost), Check('inside words', not bad, bad or f'no added term in {len(near)} words such as {near[0][1]}, {near[2][1]}')]
+def _found(name, faults, otherwise):
+    "A check that fails with the first of `faults`."
+    fault = next(iter(faults), None)
+    return Check(name, fault is None, fault or otherwise)
 
-# %% ../nbs/03_tokenizer.ipynb #4165d784
+def _check_terms(tok, terms):
+    "Is each form one token, and in no other word?"
+    every = [(t,f) for t in terms for f in forms(t, _folds(tok.tok))]
+    ids = [i[1:-1] for i in tok.encode([f for _,f in every])]
+    pieces = lambda ids: ' '.join(map(tok.tok.id_to_token, ids))
+    whole = _found('terms', (f"'{t}', written {f!r}, is {len(i)} tokens: {pieces(i)}" for (t,f),i in zip(every, ids)
+                             if len(i)!=1 or tok.decode(i)!=as_read(tok.tok, f)), '')
+    if not whole.ok: return [whole]
+    made = {a+b for a,b in json.loads(tok.tok.to_str())['model'].get('merges', ())}
+    added = {i: t for (t,_),[i] in zip(every, ids) if tok.tok.id_to_token(i) not in made}
+    near = [(t,w) for t,f in every if f[0]!=' ' for w in (f+'ic', f+'es', 'x'+f)]
+    inside = (f"'{t}' turns up in '{w}': {pieces(i)}" for (t,w),i in zip(near, tok.encode([w for _,w in near])) if t in map(added.get, i))
+    said = f'{len(ids)} forms of {len(terms)} terms, one token each: {len(ids)-len(added)} learned, {len(added)} added'
+    return [whole._replace(said=f'{said} ({len(added)/len(tok):.1%} of the vocabulary)'),
+            _found('inside words', inside, f'no added term in {len(near)} words such as {near[0][1]}, {near[2][1]}')]
+
+# %% ../nbs/03_tokenizer.ipynb #b1514c9f
 def _lossless(tok):
     "Does it promise that every text can be read back?"
     known = {'Sequence', 'NFC', 'Lowercase', 'ByteLevel', 'Split', 'Digits', None}
@@ -282,10 +286,10 @@ def _lossless(tok):
     return kinds(state['decoder'])=={'ByteLevel'} and kinds(state['normalizer']) | kinds(state['pre_tokenizer']) <= known
 
 def _check_text(tok):
-    "Whatever the string, it comes back."
+    "Does every string come back?"
     if not _lossless(tok.tok): return Check('round trip', True, 'not promised: this tokenizer changes texts in its own way')
-    bad = next((s for s in HOSTILE if tok.decode(tok.encode([s], max_length=10**9)[0])!=as_read(tok.tok, s)), None)
-    return Check('round trip', bad is None, f'{len(HOSTILE)} hostile strings came back' if bad is None else f'{bad[:40]!r} does not come back')
+    return _found('round trip', (f'{s[:40]!r} does not come back' for s in HOSTILE if tok.decode(tok.encode([s], max_length=10**7)[0])!=as_read(tok.tok, s)),
+                  f'{len(HOSTILE)} hostile strings came back')
 
 def verify(
     tok:ChromaTokenizer,
@@ -296,14 +300,14 @@ def verify(
     "What the tokenizer promises, tested, and what it buys, measured."
     out = _check_terms(tok, terms) if terms else []
     out.append(_check_text(tok))
-    peer = ChromaTokenizer.train(general, max(len(tok), 262), _folds(tok.tok)) if general else None
+    peer = ChromaTokenizer.train(general, max(len(tok), 256+len(SPECIALS)), _folds(tok.tok)) if general else None
     for name,texts in samples.items():
-        (size,cost),said = fertility(tok, texts),''
-        if peer: their_size,their_cost = fertility(peer, texts); said = f'; a general one of {len(peer):,}: {their_size:.2f}, {their_cost:.2f}'
-        out.append(Check(name, True, f'{size:.2f} bytes a token, {cost:.2f} tokens a word{said}'))
+        said = '{:.2f} bytes a token, {:.2f} tokens a word'.format(*fertility(tok, texts))
+        if peer: said += '; a general one of {:,}: {:.2f}, {:.2f}'.format(len(peer), *fertility(peer, texts))
+        out.append(Check(name, True, said))
     return out
 
-# %% ../nbs/03_tokenizer.ipynb #484acabd
+# %% ../nbs/03_tokenizer.ipynb #16bfd230
 def _texts_by_domain(c, sources, n=1000):
     "Texts of the test split, where the sources have one."
     def read(split): return list(rows_of(sources, n, c.data.seed, split, c.data.strategy, c.data.max_bad))
@@ -319,12 +323,17 @@ def _verify_folder(c, folder, sources, general):
     bad = next((x for x in checks if not x.ok), None)
     if bad: raise ChromaError(f"the tokenizer in '{folder}' fails on {bad.name}: {bad.said}")
 
+def _shown(stream, total, progress):
+    "The texts of `stream`, with a bar while they are read and a word when they have been."
+    yield from tqdm(stream, 'reading', total, unit=' texts', disable=not progress)
+    if progress: print('learning the vocabulary ...', file=sys.stderr)
+
 def _foreign(name):
     "A tokenizer of others, by path or as tiktoken calls it."
     if name.endswith('.tiktoken'): return ChromaTokenizer.from_tiktoken(Path(name).stem, name)
     return ChromaTokenizer.from_tiktoken(name) if re.fullmatch(r'\w+', name) and not Path(name).exists() else ChromaTokenizer.load(name)
 
-# %% ../nbs/03_tokenizer.ipynb #d20c706c
+# %% ../nbs/03_tokenizer.ipynb #0537de08
 @cli
 def chroma_tokenizer(
     config:str|None=None,   # a YAML file
@@ -350,8 +359,8 @@ def chroma_tokenizer(
     if adopt: tok,asked = _foreign(adopt),0
     else:
         size,asked = '1k' if debug else max_samples or c.tokenizer.max_samples, vocab_size or c.model.vocab_size
-        stream = (r['text'] for r in rows_of(sources, size, c.data.seed, 'train', c.data.strategy, c.data.max_bad))
-        stream = tqdm(stream, 'reading', None if size=='all' else parse_size(size), unit=' texts', disable=not progress)
+        rows = rows_of(sources, size, c.data.seed, 'train', c.data.strategy, c.data.max_bad)
+        stream = _shown((r['text'] for r in rows), None if size=='all' else parse_size(size), progress)
         tok = ChromaTokenizer.train(stream, asked, c.tokenizer.lowercase, digits=c.tokenizer.digits, terms=TERMS if c.tokenizer.terms else ())
     tok.save(out)
     few = f' ({asked:,} were asked for: the texts hold no more pairs that occur twice)' if len(tok)<asked else ''

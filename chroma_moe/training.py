@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['MetricsLog', 'read_metrics', 'epochs', 'tune_cpu', 'refuse_launchers', 'fit']
 
-# %% ../nbs/15_training.ipynb #c0958ebc
+# %% ../nbs/15_training.ipynb #566f7afa
 import ctypes, json, math, os, platform, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from tqdm import tqdm
-from .config import ChromaError, OptimConfig, need
-from .moe import balance_loss, routing_summary
+from .config import ChromaError, MoEConfig, OptimConfig, need
+from .moe import balance_loss, move_bias, routing_loss, routing_summary
 from .optim import learning_rate, make_optimizer
 
 # %% ../nbs/15_training.ipynb #0ebb345c
@@ -66,7 +66,7 @@ def refuse_launchers():
     n = int(os.environ.get('WORLD_SIZE', 1))
     need(n==1, f'WORLD_SIZE is {n}: training runs in one process so far, start it without a launcher or with --num_processes 1')
 
-# %% ../nbs/15_training.ipynb #08aa4283
+# %% ../nbs/15_training.ipynb #8c03d69c
 def fit(
     model:nn.Module,
     batches:Iterator,        # batches without end
@@ -75,7 +75,7 @@ def fit(
     optim:OptimConfig,
     name:str,                # of the phase, in the log
     log:MetricsLog,
-    balance:float=0.,        # weight of the balance loss
+    moe:MoEConfig|None=None, # weights of the routing losses, and pace of the selection bias; None leaves routing alone
     heads:nn.Module|None=None, # further parameters to train
     after_step:Callable=lambda: None, # called after each optimizer step
     log_every:int=0,         # steps; 0 is every tenth, and more often in a short run
@@ -92,11 +92,12 @@ def fit(
         for g in opt.param_groups: g['lr'] = lr
         batch = next(batches)
         loss,stats,figures = loss_of(batch)
-        total = loss if stats is None else loss + balance*balance_loss(stats)
+        total = loss + routing_loss(stats, moe) if moe else loss
         if not math.isfinite(total.item()): raise ChromaError(f'the loss of {name} is {total.item()} at step {step}: lower {name}.lr={phase.lr}')
         total.backward()
         norm = nn.utils.clip_grad_norm_([p for _,p in named], optim.clip)
         opt.step(); opt.zero_grad(); after_step()
+        if moe and moe.bias_rate and stats: move_bias(model, stats)
         tokens += figures.pop('tokens')
         if (step+1)%log_every==0 or step+1==phase.steps:
             row = dict(phase=name, step=step+1, loss=round(loss.item(), 5), lr=lr, grad_norm=round(norm.item(), 4), **figures, tokens=tokens,

@@ -6,7 +6,7 @@
 __all__ = ['Pairs', 'tokenise_pairs', 'PairBatch', 'pair_batches', 'contrastive_loss', 'tune', 'TokenBag', 'start_from_bag',
            'chroma_tune']
 
-# %% ../nbs/20_tune.ipynb #d07285ff
+# %% ../nbs/20_tune.ipynb #4bd3c123
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .config import Config, cli, load_config, need, to_yaml
-from .sources import pairs
+from .mixing import pairs
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .packing import Packed, pack
 from .pooling import segment_mean
@@ -65,7 +65,7 @@ def pair_batches(
         yield PairBatch(pack([p.queries[i] for i in rows] + [p.tokens[d] for d in columns], prompt=1), size,
                         torch.tensor([columns[p.docs[i][0]] for i in rows]), torch.tensor(list(columns)))
 
-# %% ../nbs/20_tune.ipynb #57d39dbd
+# %% ../nbs/20_tune.ipynb #2fbf6b25
 def contrastive_loss(
     model:nn.Module, # has `embed`
     loss:InfoNCE,
@@ -87,7 +87,7 @@ def tune(
     "Train `model` in place on pairs."
     loss = InfoNCE(c.tune.temperature)
     fit(model, pair_batches(p, c.tune.batch_pairs, c.tune.seed), lambda b: contrastive_loss(model, loss, b), c.tune, c.optim, name,
-        log or MetricsLog(), balance=c.model.moe.balance, heads=loss, after_step=loss.clamp, progress=progress)
+        log or MetricsLog(), moe=c.model.moe, heads=loss, after_step=loss.clamp, progress=progress)
 
 # %% ../nbs/20_tune.ipynb #f51895a0
 class TokenBag(nn.Module):
@@ -114,7 +114,7 @@ def start_from_bag(
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
     model.pool.project.weight.copy_(torch.eye(m.dim))
 
-# %% ../nbs/20_tune.ipynb #44e1bd89
+# %% ../nbs/20_tune.ipynb #14e3235c
 @cli
 def chroma_tune(
     pretrained:str,         # folder of a model, from phase 1
@@ -128,7 +128,9 @@ def chroma_tune(
     refuse_launchers(); tune_cpu()
     c,start = load_config(config, profile, set), ChromaMoE.from_pretrained(pretrained)
     need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
-    p = tokenise_pairs(pairs(c.data.pairs[0], c.data.size, c.data.seed), start.tokenizer, c.data.max_length, c.tune.negatives)
+    d = c.data
+    rows = pairs(d.pairs, d.size, d.seed, strategy=d.strategy, max_bad=d.max_bad)
+    p = tokenise_pairs(rows, start.tokenizer, d.max_length, c.tune.negatives)
     c = replace(c, model=start.model.m)                                                # the shape is the folder's, whatever the profile
     tune(c, start.model, p, MetricsLog(Path(out)/'metrics.jsonl'), progress=progress)
     ChromaMoE(start.model, start.tokenizer, c.data.max_length).save_pretrained(out)
