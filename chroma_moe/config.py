@@ -228,7 +228,7 @@ def memory_bytes(m:ModelConfig) -> dict:
     n = count_params(m)
     return dict(training=16*n, inference_float32=4*n, inference_bfloat16=2*n)
 
-# %% ../nbs/00_config.ipynb #b94f70d2
+# %% ../nbs/00_config.ipynb #565ac428
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The byte-level BPE."
@@ -249,7 +249,7 @@ class DataConfig:
     "What to read. A source is a name, or a path, with `=WEIGHT` behind it where shares matter: `edgar=0.5`."
     texts:tuple[str,...] = ('world',) # phase 1: sources of texts
     pairs:tuple[str,...] = ('world',) # phase 2: sources of pairs
-    strategy:str = 'weighted'  # shares of several sources: 'weighted' as given, 'equal', or 'proportional' to their sizes
+    strategy:str = 'weighted'  # shares of several sources: 'weighted' as given, 'equal', or 'proportional' (everything once, as without weights)
     store:str = ''             # folder of a token store that phase 1 reads in place of data.texts
     size:str = 'all'           # texts or pairs in one pass; 'all' is every row of a file, and 20k of the endless `world`
     max_bad:float = 0.001      # share of broken rows in a source above which a run stops
