@@ -73,7 +73,7 @@ def load_tokenizer(
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, debug or full
+    profile:str|None=None,  # tiny, debug, full, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/pretrain',# folder for the model and its metrics
     progress:bool=True,     # show a bar?

@@ -119,7 +119,7 @@ def start_from_bag(
 def chroma_tune(
     pretrained:str,         # folder of a model, from phase 1
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, debug or full
+    profile:str|None=None,  # tiny, debug, full, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/tune',    # folder for the tuned model and its metrics
     progress:bool=True,     # show a bar?
