@@ -95,8 +95,10 @@ def bench():
             sizes = f'{T} tokens, D {D}, {E} experts of {f}, top-{K}, shared {shared}, busiest expert met by {load:.0%} of the tokens, float32; seconds'
             tag = f"{name}{', skewed' if skewed else ''}"
             for what,(mine,peer,limit,part,part_limit),used in (('forward', forward, way), ('fwd+bwd', both, way_both)):
-                yield dict(name=f'MoE {tag}, {what}', ours=mine, peer=peer, ratio=peer/mine, target=gain, conditions=f'{sizes}; peer: transformers DeepseekV2Moe, {used}')
+                yield dict(name=f'MoE {tag}, {what}', ours=mine, peer=peer, ratio=peer/mine, target=gain,
+                           conditions=f'{sizes}; peer: transformers DeepseekV2Moe, {used}')
                 yield dict(name=f'MoE {tag}, {what}, of dense', ours=mine, peer=limit, ratio=limit/mine, target=1/allowed,
-                              conditions=f'{sizes}; limit: SwiGLU of width {shared+K*f}, ours may take {allowed} of its time and takes {mine/limit:.2f}')
-                if shared: yield dict(name=f'experts {tag}, {what}, of dense', ours=part, peer=part_limit, ratio=part_limit/part, target=1/allowed,
-                              conditions=f'{sizes}; routed experts alone, choice given; limit: SwiGLU of width {K*f}, ours takes {part/part_limit:.2f} of its time')
+                           conditions=f'{sizes}; limit: SwiGLU of width {shared+K*f}, ours may take {allowed} of its time and takes {mine/limit:.2f}')
+                if not shared: continue
+                yield dict(name=f'experts {tag}, {what}, of dense', ours=part, peer=part_limit, ratio=part_limit/part, target=1/allowed,
+                           conditions=f'{sizes}; routed experts alone, choice given; limit: SwiGLU of width {K*f}, ours takes {part/part_limit:.2f} of it')

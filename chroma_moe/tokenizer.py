@@ -7,9 +7,10 @@ __all__ = ['SPECIALS', 'PAD', 'MASK', 'BOS', 'EOS', 'QUERY', 'DOCUMENT', 'HOSTIL
            'as_read', 'adopt', 'tiktoken_encoding', 'bpe_of_ranks', 'general_texts', 'fertility', 'Check', 'verify',
            'chroma_tokenizer']
 
-# %% ../nbs/03_tokenizer.ipynb #f4b03aab
+# %% ../nbs/03_tokenizer.ipynb #0130216b
 import base64, hashlib, json, os, re, sys, sysconfig, tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -79,7 +80,7 @@ def _writable(text):
     try: text.encode(); return text
     except UnicodeEncodeError: return text.encode('utf-16','surrogatepass').decode('utf-16','replace')
 
-# %% ../nbs/03_tokenizer.ipynb #417e8486
+# %% ../nbs/03_tokenizer.ipynb #2bbb080e
 class ChromaTokenizer:
     "A tokenizer with our special tokens as its ids 0 to 5."
     def __init__(self, tok:Tokenizer):
@@ -102,14 +103,19 @@ class ChromaTokenizer:
         try: tok = Tokenizer.from_file(str(p))
         except Exception as e: raise ChromaError(f"'{p}' cannot be read ({e}): it is damaged, or not a tokenizer.json as Hugging Face's "
                                                  'fast tokenizers write it') from None
+        for a in json.loads(p.read_text(encoding='utf-8'))['added_tokens']:
+            need(tok.token_to_id(a['content'])==a['id'], f"'{p}' gives the added token {a['content']!r} the id {a['id']}, which the tokenizers library "
+                 'does not keep, because there are gaps before it: fill them with tokens that no text holds')
         return cls(tok if all(tok.token_to_id(s)==i for i,s in enumerate(SPECIALS)) else adopt(tok))
 
     def save(self, folder):
         "Write `tokenizer.json` into `folder`, whole or not at all."
         folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
         tmp = folder/f'.tokenizer.json.{os.getpid()}'
-        with open(tmp, 'w', encoding='utf-8') as f: f.write(self.tok.to_str()); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, folder/'tokenizer.json')
+        try:
+            with open(tmp, 'w', encoding='utf-8') as f: f.write(self.tok.to_str()); f.flush(); os.fsync(f.fileno())
+            os.replace(tmp, folder/'tokenizer.json')
+        finally: tmp.unlink(missing_ok=True)
 
     def __reduce__(self): return type(self),(self.tok,)  # for worker processes
     def __len__(self): return self.size
@@ -124,11 +130,17 @@ class ChromaTokenizer:
         "Token ids of each text: marker, words, `<eos>`."
         need(max_length>2, f'max_length is {max_length}: marker and end alone take 2')
         need(not isinstance(texts,str), f'{texts!r} is one string: give a list of them')
-        texts,out = [_writable(t) for t in texts],[]
-        for i in range(0, len(texts), 1024):
-            found = self.tok.encode_batch_fast(texts[i:i+1024], add_special_tokens=False)
-            out += [[marker, *self._own(e.ids)[:max_length-2], EOS] for e in found]
-        return out
+        return [[marker, *self._own(e.ids)[:max_length-2], EOS] for found in self._encodings([_writable(t) for t in texts]) for e in found]
+
+    def _encodings(self, texts, n=1024):
+        "The library's own results, `n` texts at a time; the next are made while the last are taken apart."
+        def run(i): return self.tok.encode_batch_fast(texts[i:i+n], add_special_tokens=False)
+        if len(texts)<=n: yield run(0); return
+        with ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(run, 0)
+            for i in range(n, len(texts)+n, n):
+                found,following = following.result(), ahead.submit(run, i)
+                yield found
 
     def _own(self, ids): return [i for i in ids if i>=len(SPECIALS)] if self._leaks else ids
 
@@ -333,7 +345,7 @@ def _foreign(name):
     if name.endswith('.tiktoken'): return ChromaTokenizer.from_tiktoken(Path(name).stem, name)
     return ChromaTokenizer.from_tiktoken(name) if re.fullmatch(r'\w+', name) and not Path(name).exists() else ChromaTokenizer.load(name)
 
-# %% ../nbs/03_tokenizer.ipynb #0537de08
+# %% ../nbs/03_tokenizer.ipynb #d260ab6c
 @cli
 def chroma_tokenizer(
     config:str|None=None,   # a YAML file
