@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'POOLINGS', 'STRATEGIES', 'PROFILES', 'ChromaError', 'ConfigError', 'need', 'AttentionConfig', 'MoEConfig',
            'PoolingConfig', 'ModelConfig', 'attention_params', 'feed_forward_params', 'pooling_params', 'count_params',
            'flops_per_token', 'memory_bytes', 'TokenizerConfig', 'DataConfig', 'MergeConfig', 'OptimConfig',
-           'PretrainConfig', 'TuneConfig', 'EvaluateConfig', 'Config', 'build', 'read_yaml', 'load_config', 'to_dict',
-           'to_yaml', 'cli', 'model_figures', 'chroma_config']
+           'TrainConfig', 'WandbConfig', 'PretrainConfig', 'TuneConfig', 'EvaluateConfig', 'Config', 'build',
+           'read_yaml', 'load_config', 'to_dict', 'to_yaml', 'cli', 'model_figures', 'chroma_config']
 
 # %% ../nbs/00_config.ipynb #391d4193
 import sys, json, inspect, argparse, difflib
@@ -228,7 +228,7 @@ def memory_bytes(m:ModelConfig) -> dict:
     n = count_params(m)
     return dict(training=16*n, inference_float32=4*n, inference_bfloat16=2*n)
 
-# %% ../nbs/00_config.ipynb #565ac428
+# %% ../nbs/00_config.ipynb #887413b8
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The byte-level BPE."
@@ -276,7 +276,10 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    "AdamW."
+    "AdamW, or Muon with AdamW for what is no hidden matrix."
+    name:str = 'adamw'         # adamw or muon
+    muon_lr:float = 0.         # peak learning rate of the matrices that Muon turns; 0 is that of the phase
+    muon_momentum:float = 0.95 # share of the old direction that Muon keeps
     betas:tuple[float,...] = (0.9, 0.95) # decay of the two moments
     eps:float = 1e-8           # added to the root of the second moment
     weight_decay:float = 0.1   # on matrices only
@@ -285,8 +288,44 @@ class OptimConfig:
     def __post_init__(self):
         need(len(self.betas)==2 and all(0<=b<1 for b in self.betas), f'optim.betas is {self.betas}: give two numbers in [0, 1)')
         need(self.clip>0, f'optim.clip is {self.clip}: it must be positive')
+        need(self.name in ('adamw','muon'), f"optim.name is '{self.name}': give adamw or muon")
+        need(self.muon_lr>=0, f'optim.muon_lr is {self.muon_lr}: it cannot be negative, 0 is the learning rate of the phase')
+        need(0<=self.muon_momentum<1, f'optim.muon_momentum is {self.muon_momentum}: give a share in [0, 1)')
 
-# %% ../nbs/00_config.ipynb #0330aa49
+@dataclass(frozen=True)
+class TrainConfig:
+    "How both phases run: precision, memory, what is written and when."
+    precision:str = 'auto'     # auto (bf16 where a GPU has it, else fp32), fp32, bf16 or fp16
+    micro_tokens:int = 0       # tokens that one process takes at a time, at most; a step adds up the gradients. 0 is all of its share at once
+    log_every:int = 0          # steps between lines of metrics; 0 is every tenth, and more often in a short run
+    eval_every:int = 0         # steps between evaluations on held-out text; 0 is ten times a run
+    eval_size:int = 512        # held-out texts of each evaluation
+    save_every:int = 0         # steps between checkpoints; 0 is ten times a run, -1 is never
+    keep:int = 2               # newest checkpoints that stay, beside the best
+    async_save:bool = False    # write checkpoints while training goes on?
+    non_finite:str = 'stop'    # a loss or gradient that is not finite: stop the run, or skip the step (at most 5 in a row)
+    seed:int = 0               # of dropout and router noise
+
+    def __post_init__(self):
+        need(self.precision in ('auto','fp32','bf16','fp16'), f"train.precision is '{self.precision}': give auto, fp32, bf16 or fp16")
+        need(self.non_finite in ('stop','skip'), f"train.non_finite is '{self.non_finite}': give stop or skip")
+        for k in ('micro_tokens','log_every','eval_every'): need(getattr(self,k)>=0, f'train.{k} is {getattr(self,k)}: it cannot be negative')
+        for k in ('eval_size','keep'): need(getattr(self,k)>0, f'train.{k} is {getattr(self,k)}: it must be at least 1')
+        need(self.save_every>=-1, f'train.save_every is {self.save_every}: give steps, 0 for ten checkpoints a run, or -1 for none')
+
+@dataclass(frozen=True)
+class WandbConfig:
+    "Weights & Biases. A run never waits for it and never fails because of it."
+    enabled:bool = False       # send metrics there too?
+    project:str = 'chroma-moe' # where runs are gathered
+    name:str = ''              # of the run; '' is the name of its folder
+    mode:str = 'auto'          # online, offline (files that `wandb sync` sends later), or auto: online if there is a login and a network
+    tags:tuple[str,...] = ()   # words to find it by
+
+    def __post_init__(self):
+        need(self.mode in ('auto','online','offline'), f"wandb.mode is '{self.mode}': give auto, online or offline")
+
+# %% ../nbs/00_config.ipynb #bea87f9e
 @dataclass(frozen=True)
 class PretrainConfig:
     "Phase 1: span-masked prediction."
@@ -297,11 +336,17 @@ class PretrainConfig:
     warmup:float = 0.05        # share of the steps to reach the peak
     mask_ratio:float = 0.15    # share of the tokens to predict
     mean_span:float = 3.0      # mean length of a masked span
-    seed:int = 0               # initial weights and masks
+    spans:str = 'geometric'    # lengths of spans: geometric, or t5 (the budget cut at random into equal shares on average)
+    corrupt:float = 0.         # share of masked positions that show another token, or the right one, half each; 0.2 is the classic 80/10/10
+    dense_start:float = 0.     # share of the steps that a dense model makes, before it gets its experts
+    seed:int = 0               # initial weights, order of the texts, and masks
 
     def __post_init__(self):
         need(0<self.mask_ratio<1, f'pretrain.mask_ratio is {self.mask_ratio}: give a share between 0 and 1, such as 0.15')
         need(self.mean_span>=1, f'pretrain.mean_span is {self.mean_span}: a span has at least one token')
+        need(self.spans in ('geometric','t5'), f"pretrain.spans is '{self.spans}': give geometric or t5")
+        need(0<=self.corrupt<=1, f'pretrain.corrupt is {self.corrupt}: give a share between 0 and 1, such as 0.2')
+        need(0<=self.dense_start<1, f'pretrain.dense_start is {self.dense_start}: give a share of the steps in [0, 1), such as 0.1')
         _check_phase('pretrain', self)
 
 @dataclass(frozen=True)
@@ -326,7 +371,7 @@ def _check_phase(name, c):
     need(0<=c.min_lr<=c.lr, f'{name}.min_lr is {c.min_lr}: give 0 to {name}.lr={c.lr}')
     need(0<=c.warmup<1, f'{name}.warmup is {c.warmup}: give a share of the steps in [0, 1)')
 
-# %% ../nbs/00_config.ipynb #dd83c440
+# %% ../nbs/00_config.ipynb #7e5333bf
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How much to score."
@@ -342,6 +387,8 @@ class Config:
     data:DataConfig = field(default_factory=DataConfig)
     merge:MergeConfig = field(default_factory=MergeConfig)
     optim:OptimConfig = field(default_factory=OptimConfig)
+    train:TrainConfig = field(default_factory=TrainConfig)
+    wandb:WandbConfig = field(default_factory=WandbConfig)
     pretrain:PretrainConfig = field(default_factory=PretrainConfig)
     tune:TuneConfig = field(default_factory=TuneConfig)
     evaluate:EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -182,7 +182,8 @@ def test_tiktoken(monkeypatch, tmp_path):
 
     ranks = {bytes([b]): i for i,b in enumerate(random.Random(0).sample(range(256), 256))}        # bytes in any order
     for piece in (b' a', b'in', b'th', b'the', b' the', b'--', b'---', b'------', b'  ', b'    ', b'12', b'123', b'\n\n', b"'s", 'é'.encode(),
-                  '日'.encode()[:2], '日'.encode(), b'ne', b'net', b' ne', b' net', b' sal', b'al', b'es', b' sa', b'ales', b' sales'): ranks.setdefault(piece, len(ranks))
+                  '日'.encode()[:2], '日'.encode(), b'ne', b'net', b' ne', b' net', b' sal', b'al', b'es', b' sa', b'ales', b' sales'):
+        ranks.setdefault(piece, len(ranks))
     rule = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+(?i:'s|'t|'ll)?|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n/]*+|\s++$|\s*[\r\n]+|\s+(?!\S)|\s+"
     theirs = tiktoken.Encoding('small', pat_str=rule, mergeable_ranks=ranks, special_tokens={'<|end|>': len(ranks)})
     ours = ChromaTokenizer.from_tiktoken(theirs)
