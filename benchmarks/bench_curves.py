@@ -14,7 +14,7 @@ from chroma_moe.moe import MoE
 from chroma_moe.packing import pack
 
 ROUNDS = 5
-TOKENS,EXPERTS,LENGTHS = [512*2**i for i in range(6)], [8,16,32,64], [64*2**i for i in range(8)]
+TOKENS,EXPERTS,LENGTHS = [1024*2**i for i in range(5)], [8,16,32,64], [64*2**i for i in range(8)]
 
 def debug(*sets): return load_config(profile='debug', sets=[*sets]).model
 
@@ -63,10 +63,10 @@ def picture(curves, path):
 
 def bench():
     model = ChromaModel(debug()).train()
-    rng = np.random.default_rng(0)
-    def texts(tokens):
-        drawn = np.clip(np.round(np.exp(rng.normal(np.log(57), 1., tokens))), 4, 512).astype(int)
-        return drawn[:np.searchsorted(drawn.cumsum(), tokens)]
+    drawn = np.clip(np.round(np.exp(np.random.default_rng(0).normal(np.log(57), 1., 99))), 4, 512).astype(int)
+    mix = drawn[:np.searchsorted(drawn.cumsum(), TOKENS[0])]                 # more tokens are more texts of the same lengths
+    mix = [*mix, TOKENS[0]-mix.sum()]
+    def texts(tokens): return mix*(tokens//TOKENS[0])
     plans = [('tokens', TOKENS, lambda n: model_step(model, texts(n))), ('experts', EXPERTS, experts_step), ('length of texts', LENGTHS, attention_step)]
     curves = []
     for name,sizes,make in plans:

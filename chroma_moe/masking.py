@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUT', 'DEAL', 'TURN', 'CORRUPT', 'TOKEN', 'noise', 'mask_flat', 'mask_text', 'Masked', 'mask_batch']
 
-# %% ../nbs/12_masking.ipynb #3d298559
+# %% ../nbs/12_masking.ipynb #3e9f6af9
 from typing import NamedTuple
 import numpy as np, torch
 from torch import Tensor
@@ -34,8 +34,14 @@ def noise(
 # %% ../nbs/12_masking.ipynb #3f76a5ff
 CUT,DEAL,TURN,CORRUPT,TOKEN = range(5)   # streams of random numbers: the last part of a key
 
-# %% ../nbs/12_masking.ipynb #dd158cb9
+# %% ../nbs/12_masking.ipynb #bbb808c9
 def _firsts(counts): return np.cumsum(counts) - counts   # where each group begins
+
+def _some(chance, text, place, counts):
+    "True for the `counts` items of each text that have the smallest numbers; items stand text by text, `place` counts from 0."
+    out = np.zeros(len(chance), bool)
+    out[np.lexsort((chance, text))[place<counts[text]]] = True
+    return out
 
 def mask_flat(
     ids,         # (T,) token ids of B texts, end to end
@@ -43,10 +49,12 @@ def mask_flat(
     keys,        # (B, 3) seed, epoch, index of each
     ratio:float=.15,     # share of a text's tokens to hide
     mean_span:float=3.,  # mean length of a span
+    spans:str='geometric', # law of the lengths: geometric or t5
 ) -> np.ndarray: # (T,) True where a token is hidden
     "Choose the hidden tokens of many texts."
     need(0<ratio<1, f'ratio is {ratio}: give a share between 0 and 1, such as 0.15')
     need(mean_span>=1, f'mean_span is {mean_span}: a span has at least one token')
+    need(spans in ('geometric','t5'), f"spans is '{spans}': give geometric or t5")
     ids,B = np.asarray(ids), len(lengths)
     free = np.flatnonzero(ids>=len(SPECIALS))                            # what may be hidden
     text = np.repeat(np.arange(B), lengths)[free]                        # whose it is
@@ -56,13 +64,12 @@ def mask_flat(
     keys = np.asarray(keys, dtype=np.int64).reshape(B, 3)
     def chance(stream, text, counter): return noise(np.column_stack([keys, np.full(B, stream)])[text], counter)
     t,j = text[place<b[text]], place[place<b[text]]                      # hidden tokens: text, and which of its budget
-    cut = (j==0) | (chance(CUT, t, j)<1/mean_span)
-    spans = np.bincount(t[cut], minlength=B)
-    span = np.minimum(np.cumsum(cut)-1 - _firsts(spans)[t], visible[t]-1); spans = np.minimum(spans, visible)
+    cut = (j==0) | (chance(CUT, t, j)<1/mean_span) if spans=='geometric' else _some(np.where(j==0, -1., chance(CUT, t, j)), t, j,
+                                                                                    np.maximum(np.rint(b/mean_span), 1))
+    runs = np.bincount(t[cut], minlength=B)                              # spans of each text
+    run = np.minimum(np.cumsum(cut)-1 - _firsts(runs)[t], visible[t]-1); runs = np.minimum(runs, visible)
     tv,v = text[place<visible[text]], place[place<visible[text]]         # visible tokens: text, and which
-    order = np.lexsort((chance(DEAL, tv, v), tv))                        # shuffled within each text
-    chosen = np.sort(order[v<spans[tv]])                                 # the first few, in the order of the text
-    s = v[chosen][_firsts(spans)[t] + span]
+    s = v[_some(chance(DEAL, tv, v), tv, v, runs)][_firsts(runs)[t] + run]
     turn = (chance(TURN, np.arange(B), np.zeros(B))*m).astype(int)
     mask = np.zeros(len(ids), bool)
     mask[free[_firsts(m)[t] + (s + j + turn[t])%m[t]]] = True
@@ -73,11 +80,12 @@ def mask_text(
     key:tuple[int,int,int], # seed, epoch, index of the text
     ratio:float=.15,     # share of the tokens to hide
     mean_span:float=3.,  # mean length of a span
+    spans:str='geometric', # law of the lengths: geometric or t5
 ) -> np.ndarray: # (n,) True where a token is hidden
     "Choose the hidden tokens of one text."
-    return mask_flat(np.asarray(ids, dtype=np.int64), [len(ids)], [key], ratio, mean_span)
+    return mask_flat(np.asarray(ids, dtype=np.int64), [len(ids)], [key], ratio, mean_span, spans)
 
-# %% ../nbs/12_masking.ipynb #f9f19d4d
+# %% ../nbs/12_masking.ipynb #9560dad2
 class Masked(NamedTuple):
     "A batch with holes, and what belongs in them."
     batch:Packed   # ids with <mask> at the hidden positions
@@ -91,6 +99,7 @@ def mask_batch(
     mean_span:float=3.,  # mean length of a span
     corrupt:float=0.,    # share of the hidden positions that show a random token, or the right one, half each
     vocab_size:int=0,    # ids to draw random tokens from; needed for corrupt
+    spans:str='geometric', # law of the lengths of spans: geometric or t5
 ) -> Masked:
     "Pack `texts` and hide spans of them."
     need(len(keys)==len(texts), f'{len(texts)} texts and {len(keys)} keys: give one key a text')
@@ -99,7 +108,7 @@ def mask_batch(
          'need the size of the vocabulary')
     batch = pack(texts)
     ids,keys = batch.ids.numpy().copy(), np.asarray(keys, dtype=np.int64).reshape(-1, 3)[batch.order.numpy()]
-    where = np.flatnonzero(mask_flat(ids, batch.lengths, keys, ratio, mean_span))
+    where = np.flatnonzero(mask_flat(ids, batch.lengths, keys, ratio, mean_span, spans))
     target = ids[where]
     ids[where] = MASK
     if corrupt:
