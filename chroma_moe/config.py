@@ -228,7 +228,7 @@ def memory_bytes(m:ModelConfig) -> dict:
     n = count_params(m)
     return dict(training=16*n, inference_float32=4*n, inference_bfloat16=2*n)
 
-# %% ../nbs/00_config.ipynb #887413b8
+# %% ../nbs/00_config.ipynb #254e6c9e
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The byte-level BPE."
@@ -251,6 +251,7 @@ class DataConfig:
     pairs:tuple[str,...] = ('world',) # phase 2: sources of pairs
     strategy:str = 'weighted'  # shares of several sources: 'weighted' as given, 'equal', or 'proportional' (everything once, as without weights)
     store:str = ''             # folder of a token store that phase 1 reads in place of data.texts
+    valid:tuple[str,...] = ()  # sources of texts to evaluate phase 1 on; () is the valid split of data.texts, or every hundredth text
     size:str = 'all'           # texts or pairs in one pass; 'all' is every row of a file, and 20k of the endless `world`
     max_bad:float = 0.001      # share of broken rows in a source above which a run stops
     seed:int = 0               # seed of the data, and of its order

@@ -85,12 +85,13 @@ def mask_text(
     "Choose the hidden tokens of one text."
     return mask_flat(np.asarray(ids, dtype=np.int64), [len(ids)], [key], ratio, mean_span, spans)
 
-# %% ../nbs/12_masking.ipynb #9560dad2
+# %% ../nbs/12_masking.ipynb #18b85923
 class Masked(NamedTuple):
     "A batch with holes, and what belongs in them."
     batch:Packed   # ids with <mask> at the hidden positions
     where:Tensor   # (M,) hidden positions in the packed batch, ascending
     target:Tensor  # (M,) the ids that were there
+    def to(self, device): return Masked(self.batch.to(device), self.where.to(device), self.target.to(device))
 
 def mask_batch(
     texts:list,          # B sequences of token ids, none empty
