@@ -9,7 +9,7 @@ from chroma_moe.masking import mask_batch
 from chroma_moe.model import ChromaModel
 from chroma_moe.optim import make_optimizer
 from chroma_moe.packing import pack
-from chroma_moe.pretrain import masked_batches, masked_loss
+from chroma_moe.pretrain import MaskedParts, masked_loss
 from chroma_moe.store import build_store
 from chroma_moe.tokenizer import ChromaTokenizer
 from chroma_moe.world import World
@@ -32,15 +32,15 @@ def reading(store, c):
     "Tokens a second of reading (packed, and with masks), and of training."
     p,reader,model = c.pretrain,store.batches(c.pretrain.batch_tokens, c.data.max_length),ChromaModel(c.model)
     optimizer = make_optimizer([*model.named_parameters()], c.optim)
-    some,seen = masked_batches(store, replace(c, pretrain=replace(p, batch_tokens=2048))),dict(packed=0, masked=0, trained=0)
+    some,seen = MaskedParts(store, replace(c, pretrain=replace(p, batch_tokens=2048))),dict(packed=0, masked=0, trained=0)
     def read(kind, make):
         def f():
             seen[kind] = 0
             while seen[kind]<READ: seen[kind] += len(make(next(reader)))
         return f
     def train():
-        masked = next(some); loss,_,figures = masked_loss(model, masked)
-        loss.backward(); optimizer.step(); optimizer.zero_grad(); seen['trained'] = figures['tokens']
+        [part] = next(some); (masked_loss(model, part.batch).sum/part.terms).backward()
+        optimizer.step(); optimizer.zero_grad(); seen['trained'] = part.tokens
     seconds = medians(read('packed', lambda b: pack(b.texts).ids), train, rounds=5), \
               medians(read('masked', lambda b: mask_batch(b.texts, [(0,*k) for k in b.keys], p.mask_ratio, p.mean_span).batch.ids), train, rounds=3)
     rows = []

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PANELS', 'read_curves', 'smoothed', 'plot_runs', 'last_values', 'chroma_plot']
 
-# %% ../nbs/14c_curves.ipynb #e874f440
+# %% ../nbs/14c_curves.ipynb #e1df3c90
 import math
 from pathlib import Path
 import numpy as np
 from .config import ChromaError, cli, need
-from .monitor import flat, load_entropy, metrics_rows, new_figure
+from .sink import flat
+from .monitor import load_entropy, metrics_rows, new_figure
 
 # %% ../nbs/14c_curves.ipynb #eb35c73f
 def read_curves(
@@ -41,7 +42,7 @@ def smoothed(
         out.append(total/norm if norm and not math.isnan(v) else math.nan)
     return out
 
-# %% ../nbs/14c_curves.ipynb #96270383
+# %% ../nbs/14c_curves.ipynb #a71f3ef9
 PANELS = ('loss','accuracy','lr','grad_norm','tokens_per_second','balance','entropy')
 
 def _series(runs, phase):
@@ -58,7 +59,8 @@ def _check(runs, series, names):
     for run in map(str, runs):
         known = sorted({k for label,c in series.items() if label==run or label.startswith(run+' ') for k in c} - {'step'})
         for n in names:
-            if n not in known and f'eval_{n}' not in known: raise ChromaError(f"'{run}' has no metric '{n}': there are {', '.join(known)}")
+            if n not in known and f'eval_{n}' not in known:
+                raise ChromaError(f"'{run}' has no metric '{n}': there are {', '.join(k for k in known if '.routing.' not in k)}")
 
 def _points(curves, name, by):
     "Positions and values of one metric."

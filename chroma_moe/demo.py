@@ -7,7 +7,7 @@ __all__ = ['FIXED_MINUTES', 'PRETRAIN_SHARE', 'PRETRAIN_RATE', 'TUNE_RATE', 'PAI
            'Stages', 'domain_routing', 'sample_searches', 'map_points', 'demo_texts', 'demo_pairs', 'bag_config',
            'summarise', 'summary_table', 'chroma_demo']
 
-# %% ../nbs/26_demo.ipynb #3338339a
+# %% ../nbs/26_demo.ipynb #373983c4
 import itertools, json, os, shutil, time
 from pathlib import Path
 import torch
@@ -20,7 +20,8 @@ from .packing import pack, token_batches
 from .model import ChromaModel
 from .encoder import ChromaMoE
 from .moe import RoutingStats, routing_summary
-from .training import MetricsLog, read_metrics, tune_cpu
+from .monitor import MetricsLog, read_metrics
+from .training import tune_cpu
 from .pretrain import pretrain
 from .tune import TokenBag, start_from_bag, tokenise_pairs, tune
 from .evaluation import evaluate_world, world_tests

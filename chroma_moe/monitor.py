@@ -197,7 +197,7 @@ class Progress:
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()
 
-# %% ../nbs/14b_monitor.ipynb #d231f391
+# %% ../nbs/14b_monitor.ipynb #1c116f4d
 def load_entropy(
     load:np.ndarray, # (layers, E) shares
 ) -> np.ndarray: # (layers,)
@@ -215,7 +215,7 @@ def routing_faults(
     for i,l in enumerate(load):
         order = np.argsort(-l, kind='stable')[:n]; most,dead = l[order].sum(), int((l==0).sum())
         names = ', '.join(map(str, sorted(order.tolist())))
-        if most>line: found['most',i] = 1+int((most-line)/0.2), f'experts {names} take {most:.0%} of layer {{}} (even would be {n/E:.0%})'
+        if n<E and most>line: found['most',i] = 1+int((most-line)/0.2), f'experts {names} take {most:.0%} of layer {{}} (even would be {n/E:.0%})'
         if dead: found['dead',i] = dead.bit_length(), f'{dead} of {E} in layer {{}}'
         if best is not None and best[i]-h[i]>0.1: found['entropy',i] = int(10*(best[i]-h[i])).bit_length(), f'layer {{}} from {best[i]:.2f} to {h[i]:.2f}'
     return found
@@ -249,7 +249,7 @@ def _sentence(kind, layers, names, top_k):
     what = FAULTS[kind].format(n='two' if top_k<=2 else top_k) + ': ' + ', '.join(w.format(names[i]) for _,i,w in layers[:3])
     return what + f', and {len(layers)-3} more layers'*(len(layers)>3)
 
-# %% ../nbs/14b_monitor.ipynb #692a0641
+# %% ../nbs/14b_monitor.ipynb #9b63b5bf
 def new_figure(
     width:float,  # inches
     height:float, # inches
@@ -276,12 +276,12 @@ def routing_figure(
     need(history, 'there is no routing to draw: add rows first')
     steps,load = [s for s,_ in history], np.stack([l for _,l in history])             # (times, layers, E)
     L,E = load.shape[1:]; names,domains = names or list(range(L)), dict(list((domains or {}).items())[:4])
-    fig = new_figure(7.6, 2.2*(2+bool(domains))); grid = fig.add_gridspec(2+bool(domains), 12)
+    size = 1 if E<=16 else 1.4; fig = new_figure(7.2*size, 2.1*size*(2+bool(domains))); grid = fig.add_gridspec(2+bool(domains), 12)
     image = _heat(fig.add_subplot(grid[0,:6]), load[-1], f'load at step {steps[-1]}', rows=names)
     ax = fig.add_subplot(grid[0,6:]); ax.set_title('entropy, one line a layer', fontsize=9); ax.tick_params(labelsize=8)
     for i,h in enumerate(load_entropy(load).T):
-        ax.plot(steps, h, lw=1, color=(0.1+0.8*i/L, 0.4, 0.8-0.7*i/L), label=f'layer {names[i]}' if i in (0,L-1) else None)
-    ax.set(xlabel='step', ylim=(min(0.75, ax.get_ylim()[0]), 1.02)); ax.legend(fontsize=8)
+        ax.plot(steps, h, lw=1, color=(0.1+0.8*i/L, 0.4, 0.8-0.7*i/L), label=f'layer {names[i]}' if L<=6 or i in (0,L-1) else None)
+    ax.set(xlabel='step', ylim=(min(0.75, ax.get_ylim()[0]), 1.02)); ax.legend(fontsize=7)
     some = sorted({round(i*(L-1)/3) for i in range(4)}); wide = 12//len(some)
     for j,i in enumerate(some):
         _heat(fig.add_subplot(grid[1,j*wide:(j+1)*wide]), load[:,i], f'layer {names[i]} over time', (steps[0], steps[-1]+1, E-0.5, -0.5), ('step','expert'))

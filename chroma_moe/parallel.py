@@ -118,7 +118,7 @@ def deal(
     dealt = [sorted(texts) for _,_,texts in sorted(parts, key=lambda p: p[1])]
     return [dealt[r*ranks:(r+1)*ranks] for r in range(rounds)]
 
-# %% ../nbs/14_parallel.ipynb #96f0fd24
+# %% ../nbs/14_parallel.ipynb #e8c48f25
 HOW = 'torchrun --standalone --nproc_per_node {n} -m chroma_moe.pretrain ..., or accelerate launch --multi_gpu --num_processes {n} --num_machines 1 ' \
       '--mixed_precision no --dynamo_backend no -m chroma_moe.pretrain ... (it serves CPUs too)'
 
@@ -151,6 +151,8 @@ def start(
     world,cuda = int(os.environ.get('WORLD_SIZE', 1)), torch.cuda.is_available()
     local = int(os.environ.get('LOCAL_WORLD_SIZE', world))
     wanted = asked_of_launcher(_parent())
+    need(world==1 or {'RANK','MASTER_ADDR'}<=os.environ.keys(), f'WORLD_SIZE is {world}, but RANK or MASTER_ADDR is missing, so no launcher has set it: '
+         f'unset it, or use {HOW.format(n=world)}')
     need(world>1 or wanted<=1, f'accelerate launch was asked for {wanted} processes and started one: use {HOW.format(n=wanted)}')
     need(not cuda or local<=torch.cuda.device_count(), f'{local} processes were started on a machine with {torch.cuda.device_count()} GPUs: start one '
          'for each, or hide the GPUs (CUDA_VISIBLE_DEVICES="") to train on CPUs')

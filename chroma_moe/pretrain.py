@@ -6,12 +6,11 @@
 __all__ = ['TextBatches', 'masked_part', 'MaskedParts', 'masked_loss', 'Validation', 'dense_model', 'pretrain', 'check_processes',
            'load_tokenizer', 'load_texts', 'chroma_pretrain']
 
-# %% ../nbs/16_pretrain.ipynb #cff4abe5
+# %% ../nbs/16_pretrain.ipynb #55595b35
 import os, time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 import torch
-from fastcore.basics import patch
 from .config import ChromaError, Config, ModelConfig, build, cli, load_config, need, to_yaml
 from .mixing import texts
 from .tokenizer import ChromaTokenizer
@@ -25,7 +24,7 @@ from .masking import Masked, mask_batch
 from .moe import add_stats, routing_summary
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start, sum_gradients
-from .training import Feed, Loss, Part, Trainer, accumulate, epochs, optimizer_state, tune_cpu
+from .training import Feed, Loss, Part, Trainer, accumulate, check_out, epochs, optimizer_state, tune_cpu
 
 # %% ../nbs/16_pretrain.ipynb #58bdf4a5
 class TextBatches:
@@ -124,7 +123,7 @@ class Validation:
             if got and got[0].stats: out[name]['routing'] = routing_summary(add_stats([g.stats for g in got]))
         return dict(eval_loss=round(sums[0]/sums[2], 6), eval_accuracy=round(sums[1]/sums[2], 6), eval=out)
 
-# %% ../nbs/16_pretrain.ipynb #348c2e46
+# %% ../nbs/16_pretrain.ipynb #e9ec377a
 def dense_model(
     m:ModelConfig,
 ) -> ModelConfig:
@@ -155,8 +154,7 @@ def pretrain(
     if run.model.m.moe.dense=='start' and not c.model.moe.dense:
         run.fit(feed, switch, judge)
         run.switch = run.step; run.use(upcycle(run.model, p.seed+1), optimizer_state(run.opt, run.named))
-    run.fit(feed, evaluate=judge)
-    feed.close()
+    run.fit(feed, evaluate=judge); run.finish(); feed.close()
     return run.model
 
 # %% ../nbs/16_pretrain.ipynb #f0129e02
@@ -223,7 +221,7 @@ def load_texts(
     for r in held or (): domains.setdefault(r.get('domain', 'text'), []).append(r['text'])
     return train, {k: tokenizer.encode(v, max_length=d.max_length) for k,v in sorted(domains.items())}
 
-# %% ../nbs/16_pretrain.ipynb #a9d7b369
+# %% ../nbs/16_pretrain.ipynb #2cb4392b
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
@@ -241,13 +239,13 @@ def chroma_pretrain(
     if test_ddp:
         for line in check_processes(ranks, out): ranks.say(line)
         return ranks.end()
-    need(not (Path(out)/'model.safetensors').exists(), f"'{out}' already holds a model: give another --out, or remove it")
-    need(resume or not (Path(out)/'checkpoints').exists(), f"'{out}' holds checkpoints of a run that did not end: add --resume to go on, or give another --out")
+    check_out(out, resume)
     tokenizer = load_tokenizer(c)
     ids,valid = load_texts(c, tokenizer)
     if not valid: ranks.say('no held-out texts: give data.valid=FILE to see the loss on texts that are not trained on')
     ranks.wait()                                                                       # nobody writes before all have looked
     log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
+    if not resume: log.resume(0, 'pretrain')                                           # of a run that died before its first checkpoint
     model = pretrain(c, ids, log, progress, valid=valid, folder=out, resume=resume, ranks=ranks)
     if ranks.main:
         ChromaMoE(model, tokenizer, c.data.max_length).save_pretrained(out)

@@ -64,7 +64,7 @@ def _serve_stdin():
     except BaseException as e: os.write(words, f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'.encode())
     os._exit(0)                                                                       # its exit hooks would wait for the network again
 
-# %% ../nbs/14a_sink.ipynb #f89f7c9c
+# %% ../nbs/14a_sink.ipynb #c119d94f
 class WandbSink:
     "A W&B run in another process."
     def __init__(self,
@@ -72,7 +72,7 @@ class WandbSink:
         tell:Callable=say, # gets a sentence when something ends it
     ):
         self.run_id,self.on,self._tell,self._lines = begin['id'], True, tell, queue.Queue(5000)
-        self._child = subprocess.Popen([sys.executable, '-c', f'from {_serve_stdin.__module__} import _serve_stdin; _serve_stdin()'],
+        self._child = subprocess.Popen([sys.executable, '-c', 'from chroma_moe.sink import _serve_stdin; _serve_stdin()'],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         self._send(begin)
         self._thread = threading.Thread(target=self._feed, daemon=True, name='wandb'); self._thread.start()
@@ -82,8 +82,8 @@ class WandbSink:
             while line := self._lines.get(): self._child.stdin.write(line); self._child.stdin.flush()
             self._child.stdin.close()
         except OSError: pass                                                          # it has ended, and says why
-        words = self._child.stdout.read().decode(errors='replace')
-        if words: self._off(words)
+        words,code = self._child.stdout.read().decode(errors='replace'), self._child.wait()
+        if words or code: self._off(words or f'its process ended with code {code}')
 
     def _off(self, why):
         if self.on: self._tell(f'W&B is switched off ({why}): training goes on, and metrics.jsonl has every row')

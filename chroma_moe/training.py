@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SKIPS', 'epochs', 'Feed', 'tune_cpu', 'Part', 'Loss', 'accumulate', 'seed_step', 'Stop', 'optimizer_state',
-           'load_optimizer', 'Trainer', 'changes', 'due']
+           'load_optimizer', 'Trainer', 'changes', 'due', 'check_out']
 
-# %% ../nbs/15_training.ipynb #4af6644c
-import ctypes, math, os, platform, queue, signal, threading, time
-from collections.abc import Callable, Iterator
+# %% ../nbs/15_training.ipynb #df5b70ad
+import ctypes, math, platform, queue, signal, threading, time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ from torch import nn
 from fastcore.basics import patch
 from .config import ChromaError, Config, need
 from .moe import RoutingStats, add_stats, balance_loss, move_bias, routing_loss, routing_summary
-from .monitor import MetricsLog, Monitor, Progress, mfu, start_wandb
+from .monitor import MetricsLog, Monitor, Progress, mfu
 from .optim import learning_rate, make_optimizer
+from .sink import start_wandb
 from .parallel import Ranks, sum_gradients, whole_stats
 from .checkpoints import Checkpoints
 
@@ -278,7 +279,7 @@ def write(self:Trainer, row:dict):
     "Log a row, and look at its routing."
     if self.ranks.main: self.log.add(**row); self.monitor.add(**row)
 
-# %% ../nbs/15_training.ipynb #01666403
+# %% ../nbs/15_training.ipynb #e975eb1a
 def changes(
     old:dict, # configuration, as nested dicts of plain values
     new:dict,
@@ -315,13 +316,16 @@ def load(self:Trainer, state:dict):
     if state['scaler']: self.scaler.load_state_dict(state['scaler'])
     for k in ('step','tokens','skipped','switch','seconds','run_id'): setattr(self, k, state[k])
     self.best = math.inf if state['best'] is None else state['best']
-    if self.ranks.main: self.log.resume(self.step, self.name); self.monitor.replay(self.log.rows)
+    if self.ranks.main: self.log.resume(self.step, self.name); self.monitor.replay(self.log)
 
 @patch
 def resume(self:Trainer, shape_of:Callable|None=None) -> dict|None: # the place in the data
     "Go on from the newest checkpoint that is whole, if there is one."
     found = self.ranks.collect(str(self.checkpoints.newest() or '') if self.checkpoints else '')[0]
-    if not found: return None
+    if not found:
+        self.ranks.say('no checkpoint to go on from: beginning at step 0')
+        if self.ranks.main: self.log.resume(0, self.name)
+        return None
     state = Checkpoints(Path(found).parent, self.c.train.keep).load(found)
     if shape_of: self.use(shape_of(state['shape']))
     self.load(state)
@@ -335,7 +339,7 @@ def connect(self:Trainer):
     self.log.wandb = self.monitor.wandb = sink = start_wandb(self.c.wandb, self.folder, asdict(self.c), self.run_id)
     if sink: self.run_id = sink.run_id
 
-# %% ../nbs/15_training.ipynb #5c435ebd
+# %% ../nbs/15_training.ipynb #777579b5
 def due(
     step:int,   # steps done
     every:int,  # asked for; 0 is `times` in a run, negative is never
@@ -363,17 +367,22 @@ def fit(self:Trainer,
             got = self.advance(next(data), bool(asked.signal))
             self.check(got, data.place); meter.append(got)
             row = {}
-            if self.step%log_every==0 or self.step==steps or got['flag']:
+            judging,saving = evaluate and due(self.step, t.eval_every, steps), due(self.step, t.save_every, steps)
+            if self.step%log_every==0 or self.step==stop or judging or saving or got['flag']:   # no line reaches across a checkpoint
                 now = time.perf_counter(); self.seconds += now-clock
                 row = self.note(meter, now-clock); meter,clock = [],time.perf_counter()
             bar.step(**row)
-            better = evaluate and due(self.step, t.eval_every, steps) and self.judge(evaluate)
-            if got['flag'] or better or due(self.step, t.save_every, steps):
-                self.save(data.place)
+            better = judging and self.judge(evaluate)
+            if got['flag'] or better or saving: self.save(data.place)
             if got['flag']: self.leave(asked.signal)
     self.model.eval()
+
+@patch
+def finish(self:Trainer):
+    "What is left to do at the end of a run: the last file, the last picture, the last words to W&B."
     if self.checkpoints: self.checkpoints.wait()
     if self.folder: self.monitor.save(self.folder)
+    if self.log.wandb: self.log.wandb.finish()
 
 @patch
 def judge(self:Trainer, evaluate:Callable) -> bool: # the best so far?
@@ -395,8 +404,18 @@ def save(self:Trainer, place:dict):
 @patch
 def leave(self:Trainer, number:int):
     "End a run that was asked to."
-    if self.checkpoints: self.checkpoints.wait()
+    self.finish()
     self.ranks.say(f'stopped by {signal.Signals(number or signal.SIGTERM).name} after step {self.step} of {self.phase.steps}'
                    + (f'; a checkpoint is in {self.checkpoints.folder}, go on with --resume' if self.checkpoints else ''))
     self.ranks.end()
     raise SystemExit(128+(number or signal.SIGTERM))
+
+# %% ../nbs/15_training.ipynb #aab7c4bc
+def check_out(
+    out,         # folder of a run that is to begin, or to go on
+    resume:bool,
+):
+    "Refuse a folder that holds a finished model, or an unfinished run that is not to go on."
+    out = Path(out); begun = (out/'checkpoints').exists()
+    need(not (out/'model.safetensors').exists() or begun and not (out/'config.yaml').exists(), f"'{out}' already holds a model: give another --out, or remove it")
+    need(resume or not begun, f"'{out}' holds checkpoints of a run that did not end: add --resume to go on, or give another --out")
