@@ -42,10 +42,11 @@ def main():
     torch.set_num_threads(1); tune_cpu()
     c = load_config(profile='tiny', sets=[f'pretrain.steps={a.steps}', f'pretrain.batch_tokens={a.batch_tokens}', f'train.eval_every={a.steps}'])
     rows = list(texts(f'{a.data}/corpus/pretrain.jsonl.zst' if a.data else 'world', 'all' if a.data else '30k'))
-    held = rows[::50][:1000]; rows = [r for i,r in enumerate(rows) if i%50 or i//50>=1000]
+    held = rows[::51][:1000]; rows = [r for i,r in enumerate(rows) if i%51 or i//51>=1000]        # an odd stride: domains may alternate
     tokenizer = ChromaTokenizer.train((r['text'] for r in rows), c.model.vocab_size)
     ids,valid = tokenizer.encode([r['text'] for r in rows], max_length=c.data.max_length), by_domain(held, tokenizer, c.data.max_length)
-    print(f'{len(ids)} texts of {sum(map(len, ids))/len(ids):.0f} tokens on average, {len(held)} held out; {a.steps} steps of {a.batch_tokens} tokens', flush=True)
+    mean_length = sum(map(len, ids))/len(ids)
+    print(f'{len(ids)} texts of {mean_length:.0f} tokens on average, {len(held)} held out; {a.steps} steps of {a.batch_tokens} tokens', flush=True)
     found,models = [],{}
     def run(kind, rate, seed):
         known = next((f for f in found if (f['kind'],f['rate'],f['seed'])==(kind,rate,seed)), None)

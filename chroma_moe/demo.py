@@ -47,7 +47,7 @@ def demo_config(
                 tune__batch_pairs=64, evaluate__queries=queries, evaluate__order_items=2*queries, **{f'{k}__steps': n for k,n in steps.items()})
     return load_config(profile='tiny', sets=[f"{k.replace('__','.')}={v}" for k,v in sets.items()])
 
-# %% ../nbs/26_demo.ipynb #cb552411
+# %% ../nbs/26_demo.ipynb #eb20ab97
 STAGES = ('tokenizer','bag','pretrained','model')
 FILES = ('config.yaml','metrics.jsonl','stages.json','summary.json','report.html')
 
@@ -75,10 +75,8 @@ class Stages:
 
     def log(self, phase:str) -> MetricsLog:
         "The run's metrics without the rows that an interrupted `phase` left."
-        p = self.out/'metrics.jsonl'
-        kept = [r for r in read_metrics(p) if r['phase']!=phase] if p.exists() else []
-        _write(p, ''.join(json.dumps(r)+'\n' for r in kept))
-        return MetricsLog(p)
+        log = MetricsLog(self.out/'metrics.jsonl'); log.resume(0, phase)
+        return log
 
     def run(self, name:str, make) -> Path: # make(folder) fills the folder
         "The folder of a stage, made now or before."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import need
 from .moe import RoutingStats
 
-# %% ../nbs/14_parallel.ipynb #726498fc
+# %% ../nbs/14_parallel.ipynb #023c8fe4
 BUCKET = 1<<26 # numbers that are sent at once
 
 class Ranks:
@@ -54,7 +54,6 @@ class Ranks:
     def end(self):
         "Leave together; a group that is not closed may abort after its work is done."
         if self.accelerator: self.wait(); self.accelerator.end_training()
-        if dist.is_initialized(): dist.destroy_process_group()
 
     def autocast(self):
         "Products in half precision, where that is asked for."
@@ -118,7 +117,7 @@ def deal(
     dealt = [sorted(texts) for _,_,texts in sorted(parts, key=lambda p: p[1])]
     return [dealt[r*ranks:(r+1)*ranks] for r in range(rounds)]
 
-# %% ../nbs/14_parallel.ipynb #e8c48f25
+# %% ../nbs/14_parallel.ipynb #dfc2dcac
 HOW = 'torchrun --standalone --nproc_per_node {n} -m chroma_moe.pretrain ..., or accelerate launch --multi_gpu --num_processes {n} --num_machines 1 ' \
       '--mixed_precision no --dynamo_backend no -m chroma_moe.pretrain ... (it serves CPUs too)'
 
@@ -151,7 +150,8 @@ def start(
     world,cuda = int(os.environ.get('WORLD_SIZE', 1)), torch.cuda.is_available()
     local = int(os.environ.get('LOCAL_WORLD_SIZE', world))
     wanted = asked_of_launcher(_parent())
-    need(world==1 or {'RANK','MASTER_ADDR'}<=os.environ.keys(), f'WORLD_SIZE is {world}, but RANK or MASTER_ADDR is missing, so no launcher has set it: '
+    joined = dist.is_initialized() or {'RANK','MASTER_ADDR'}<=os.environ.keys()                # debug_launcher of accelerate joins them itself
+    need(world==1 or joined, f'WORLD_SIZE is {world}, but RANK or MASTER_ADDR is missing, so no launcher has set it: '
          f'unset it, or use {HOW.format(n=world)}')
     need(world>1 or wanted<=1, f'accelerate launch was asked for {wanted} processes and started one: use {HOW.format(n=wanted)}')
     need(not cuda or local<=torch.cuda.device_count(), f'{local} processes were started on a machine with {torch.cuda.device_count()} GPUs: start one '

@@ -1,5 +1,5 @@
 "Phase 1 and 2 under attack, as whole commands: several processes, kills, signals, full disks, damage, NaN; the end must be that of an undisturbed run."
-import json, os, random, re, resource, shutil, signal, socket, subprocess, sys, time
+import json, os, random, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,18 @@ STEPS = 16
 SETS = dict(model=dict(vocab_size=1024, dim=64, layers=1, dropout=.1, moe=dict(noise=.1)), tokenizer=dict(path='tokenizer'), data=dict(size=250, max_length=64),
             pretrain=dict(steps=STEPS, batch_tokens=500), tune=dict(steps=STEPS, batch_pairs=8),
             train=dict(save_every=3, log_every=2, eval_every=5, eval_size=20))   # so that saving, logging and evaluating are seldom due together
-EXACT = 'model.dropout=0','model.moe.noise=0'                                    # no chance: the number of processes must not matter
+# No chance, and an epsilon that keeps AdamW from blowing up the last digits of gradients that are nearly zero: the number of processes must not matter.
+EXACT = 'model.dropout=0','model.moe.noise=0','optim.eps=1e-5'
 
-# The command's own `main` in a child of a process that has done the imports: what `python -m` does, seconds faster. A few tests below start it for real.
+# The command's own `main` in a child of a process that has done the imports, without the picture at the end: what `python -m` does, in a fifth of the time.
+# Some tests below start it for real.
 NURSERY = '''
 import json, os, sys
-import accelerate, matplotlib.pyplot
+import accelerate
 from chroma_moe.pretrain import chroma_pretrain
 from chroma_moe.tune import chroma_tune
+from chroma_moe.monitor import Monitor
+Monitor.save = lambda *args, **kwargs: None
 for line in sys.stdin:
     what,*rest = json.loads(line)
     if what=='poll':
@@ -159,8 +163,8 @@ def kills(home, out, *sets, times=1, ranks=1, seed=0, expected=None):
     at = []
     while True:
         p = home.start(out, *sets, resume=out.exists(), ranks=ranks)
-        if killed<times:
-            began,further,pause = last_step(out),rng.randint(1, 6),rng.uniform(0, .05)
+        if killed<times and (began := last_step(out))<STEPS:
+            further,pause = rng.randint(1, 6),rng.uniform(0, .05)
             how = rng.choice(['save','step','soon'] if killed>3 else ['save','step'])
             if how=='save': old = saved(out); wait_for(p, lambda: hidden(out) and (saved(out)!=old or further<4))
             elif how=='step': wait_for(p, lambda: last_step(out)>=min(STEPS, began+further)); time.sleep(pause)
@@ -169,8 +173,9 @@ def kills(home, out, *sets, times=1, ranks=1, seed=0, expected=None):
                 p.kill(); p.end(*[-signal.SIGKILL]*ranks)
                 killed += 1; middle += bool(hidden(out)); at.append(last_step(out))
                 assert all(verify_checkpoint(c)==[] for c in (out/'checkpoints').glob('step-*'))
-                continue
-        p.end()
+                if not (out/'config.yaml').exists(): continue                     # or else all was done
+            else: p.end()
+        else: p.end()
         assert_same(out, expected)
         if killed==times: break
         shutil.rmtree(out)
@@ -179,7 +184,7 @@ def kills(home, out, *sets, times=1, ranks=1, seed=0, expected=None):
 def test_kills(home, tmp_path): print(kills(home, tmp_path/'run', times=3))
 def test_kills_async(home, tmp_path):
     print(kills(home, tmp_path/'run', 'train.async_save=true', times=2, seed=1, expected=home.whole()))
-def test_kills_two_processes(home, tmp_path): print(kills(home, tmp_path/'run', times=2, ranks=2, seed=2))
+def test_kills_two_processes(home, tmp_path): print(kills(home, tmp_path/'run', times=1, ranks=2, seed=2))
 
 GROWN = 'pretrain.dense_start=0.5','model.moe.bias_rate=0.01','model.moe.balance=0'
 def test_kills_dense_start_bias(home, tmp_path): print(kills(home, tmp_path/'run', *GROWN, times=2, seed=3))
@@ -230,7 +235,7 @@ TORCHRUN = 'torch.distributed.run','--standalone','--nproc_per_node','2','-m','c
 ACCELERATE = 'accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','-m','chroma_moe.pretrain'
 
 def test_check_processes(home, tmp_path):
-    said = text_of(home.shell(TORCHRUN, '--test-ddp', *home.args(tmp_path)))
+    said = home.start(tmp_path, ranks=2, before=['--test-ddp']).end()
     assert re.search('process 1: .*\n', said) and '2 processes and one agree' in said and 'the set-up is sound' in said, said
     print(next(line for line in said.splitlines() if 'agree' in line))
 
@@ -250,18 +255,18 @@ def counts(home, *sets):
 def test_two_processes_equal_one(home, tmp_path, sets):
     "Launched by torchrun, for real; without chance, so that only the order of sums differs."
     sets = (*EXACT, *sets, 'pretrain.steps=10')
-    terms = counts(home, *sets); assert sum(terms[0])!=sum(terms[1]) and (len(terms[0])>1)==('balance=0' in sets[-2])
+    terms = counts(home, *sets); assert terms[0]!=terms[1] and (len(terms[0])>1)==('balance=0' in sets[-2])
     if 'balance=0' in sets[-2]: home.start(tmp_path/'two', *sets, ranks=2).end()
     else: text_of(home.shell(TORCHRUN, *home.args(tmp_path/'two', *sets)))
     one = home.whole(*[s for s in sets if 'micro' not in s])
-    off = furthest(tmp_path/'two', one); assert off<1e-4, off
-    a,b = rows(tmp_path/'two'),rows(one); assert len(a)==len(b) and all(abs(x['loss']-y['loss'])<1e-4 for x,y in zip(a, b) if 'loss' in x)
+    off = furthest(tmp_path/'two', one); assert off<1e-5, off
+    a,b = rows(tmp_path/'two'),rows(one); assert len(a)==len(b) and all(abs(x['loss']-y['loss'])<3e-5 for x,y in zip(a, b) if 'loss' in x)
     print(f'masked tokens of the first step {terms[0]} and {terms[1]}: after 10 steps weights within {off:.0e} of one process')
 
 @pytest.mark.long
 def test_accelerate(home, tmp_path):
     text_of(home.shell(ACCELERATE, *home.args(tmp_path/'two', *EXACT)))
-    off = furthest(tmp_path/'two', home.whole(*EXACT)); assert off<1e-4, off
+    off = furthest(tmp_path/'two', home.whole(*EXACT)); assert off<1e-5, off
     print(f'accelerate launch --multi_gpu on CPUs: weights within {off:.0e} of one process')
 
 DEBUG = '''
@@ -276,7 +281,7 @@ def test_launched_from_python(home, tmp_path):
     for name,launch in (('debug','debug_launcher(train, ({},), num_processes=2)'), ('notebook','notebook_launcher(train, ({},), num_processes=1)')):
         call = launch.format(dict(args, out=str(tmp_path/name)))
         home.start('', name='', first=DEBUG+call).end()
-    off = furthest(tmp_path/'debug', home.whole(*EXACT)); assert off<1e-4, off
+    off = furthest(tmp_path/'debug', home.whole(*EXACT)); assert off<1e-5, off
     assert_same(tmp_path/'notebook', home.whole(*EXACT))
     print(f'debug_launcher with 2 processes within {off:.0e} of one; notebook_launcher the same bits')
 
@@ -305,8 +310,7 @@ def test_one_process_dies(home, tmp_path):
     "SIGKILL one of two; the launcher ends the other, says so, and the run goes on from its checkpoint."
     out = tmp_path/'run'
     p = home.shell(TORCHRUN, *home.args(out)); wait_for_step(p, out, 7)
-    os.kill(workers(p)[1], signal.SIGKILL); began = time.monotonic()
-    said = text_of(p, None, 60); took = time.monotonic()-began
+    os.kill(workers(p)[1], signal.SIGKILL); said = text_of(p, None, 60)
     assert 'SIGKILL' in said or 'exitcode  : -9' in said, said
     home.start(out, resume=True, ranks=2).end()
     assert_same(out, home.whole(ranks=2))
@@ -322,7 +326,7 @@ def test_sigterm(home, tmp_path):
     assert_same(out, home.whole(), log=False)
     print(line.replace(str(home.folder), '...'))
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM','Ctrl-C'])
+@pytest.mark.parametrize('number', [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT], ids=['SIGTERM','Ctrl-C'])
 def test_signal_to_one_of_two(home, tmp_path, number):
     "One process hears of it, both end with a checkpoint; then one process goes on where two were."
     out = tmp_path/'run'; p = home.start(out, ranks=2)
@@ -347,12 +351,14 @@ def test_sigterm_torchrun(home, tmp_path):
 def test_disk_full(home, tmp_path):
     "No file may grow beyond 300 kB from here on, so the next checkpoint does not fit."
     out = tmp_path/'run'; home.stopped(out); before = saved(out)
-    said = home.start(out, resume=True, first='import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))').end(1)
+    limit = 'from resource import *; setrlimit(RLIMIT_FSIZE, (300_000, getrlimit(RLIMIT_FSIZE)[1]))'
+    said = home.start(out, resume=True, first=limit).end(1)
     says = sentence(said); assert 'cannot be saved (File too large): make room there' in says
     assert saved(out)==before and not hidden(out) and all(verify_checkpoint(p)==[] for p in (out/'checkpoints').iterdir())
     home.start(out, resume=True).end(); assert_same(out, home.whole(), log=False)
     print(says.replace(str(tmp_path), '...'))
 
+@pytest.mark.long
 def test_real_small_disk(home, tmp_path):
     disk = tmp_path/'disk'; disk.mkdir()
     if subprocess.run(['mount','-t','tmpfs','-o','size=5m','tmpfs',disk], capture_output=True).returncode: pytest.skip('mounting a small disk is not allowed here')
@@ -390,7 +396,6 @@ def test_changed_settings(home, tmp_path):
     out = tmp_path/'run'; home.stopped(out)
     says = sentence(home.start(out, 'model.dropout=0.2', resume=True).end(1)); assert 'made with model.dropout=0.1, and now it is 0.2: give the same' in says
     says = sentence(home.start(out, 'data.size=240', resume=True).end(1)); assert 'now n=' in says and 'give the same data' in says
-    says = sentence(home.start(out).end(1)); assert 'holds checkpoints of a run that did not end: add --resume' in says
     said = home.start(out, 'pretrain.lr=0.002', 'train.keep=1', resume=True).end()
     word = next(line for line in said.splitlines() if 'pretrain.lr' in line)
     assert word=='pretrain.lr was 0.003 and is now 0.002: from here on it is another run' and 'train.keep' not in said
