@@ -12,12 +12,13 @@ from chroma_moe.tokenizer import ChromaTokenizer
 from chroma_moe.training import Feed, Trainer
 from chroma_moe.world import World
 
-VOCAB,TEXTS,STEPS,ROUNDS = 8192,4000,3,2
+VOCAB,TEXTS,STEPS,ROUNDS = 8192,4000,2,2
 RUN = 1000     # steps of the run whose shares are given: 100 lines of metrics, 10 checkpoints, 10 evaluations with a picture
 
 def speeds(home, ranks, runs):
     "Tokens a second of some runs side by side, each of so many processes: the sum of their medians over the steps after the first."
-    sets = ['tokenizer.path='+str(home/'tokenizer'), f'data.size={TEXTS}', f'pretrain.steps={STEPS}', 'train.log_every=1', 'train.save_every=-1', 'train.eval_size=8']
+    sets = [f'tokenizer.path={home}/tokenizer', f'data.size={TEXTS}', f'pretrain.steps={STEPS}', 'train.log_every=1', 'train.save_every=-1',
+            'train.eval_size=8']
     launch = ['torch.distributed.run','--standalone','--nproc_per_node',str(ranks),'-m'] if ranks>1 else []
     outs = [home/f'run{ranks}{i}' for i in range(runs)]
     def start(out): return subprocess.Popen([sys.executable, '-m', *launch, 'chroma_moe.pretrain', '--no_progress', '--profile', 'debug', '--out', str(out),
@@ -31,8 +32,9 @@ def two_processes(home):
     both = [(speeds(home, 2, 1), speeds(home, 1, 2)) for _ in range(ROUNDS)]        # in turn, so that a busy machine slows both
     ours,peer = (median(x) for x in zip(*both))
     batch = load_config(profile='debug').pretrain.batch_tokens
-    return dict(name='two processes', ours=ours, peer=peer, ratio=ours/peer, target=0.85, conditions=f'debug, one thread each, {batch} tokens a step, gloo; peer: '
-                f'two runs of one process side by side, {batch} tokens a step each; tokens a second, median of steps 2 to {STEPS}, {ROUNDS} times in turn')
+    return dict(name='two processes', ours=ours, peer=peer, ratio=ours/peer, target=0.85,
+                conditions=f'debug, one thread each, {batch} tokens a step, gloo; peer: two runs of one process side by side, {batch} tokens a step each; '
+                f'tokens a second in step 2, {ROUNDS} times in turn')
 
 def timed(f, seconds):
     def timing(*args, **kwargs):
@@ -62,21 +64,21 @@ def shares(home, ids, profile, steps, background):
     return {k: median(v[1:] if k in ('step','data','line') else v) for k,v in t.items()}
 
 def rows_of(home, ids, profile, steps):
-    t,later = shares(home, ids, profile, steps, False),shares(home, ids, profile, 1+(profile=='debug'), True)
-    whole = t['step']+t['data']
+    "A row for each share, of the time of a step that has it."
+    t,later = shares(home, ids, profile, steps, False),shares(home, ids, profile, 2, True)
+    bare = t['step']                                                               # seconds
     parts = [('data loading', t['data'], 0.97, f"waiting {t['data']*1000:.2f} ms a step; a batch takes its thread {t['batch']*1000:.0f} ms"),
-             ('logging and monitoring', (RUN/10*t['line']+RUN*t['bar']+11*t['picture'])/RUN, 0.98, f"{t['line']*1000:.1f} ms for a line of metrics every ten steps, "
+             ('logging and monitoring', t['line']/10+t['bar']+11*t['picture']/RUN, 0.98, f"{t['line']*1000:.1f} ms for a line of metrics every ten steps, "
               f"{t['picture']:.2f} s for each of 11 pictures of routing"),
              ('checkpoints', 10*t['checkpoint']/RUN, 0.95, f"{t['checkpoint']:.2f} s each, ten in the run"),
-             ('checkpoints written in the background', 10*later['checkpoint']/RUN, None, f"{later['checkpoint']:.2f} s each until training goes on, ten in the run")]
-    return [dict(name=f'{name}, {profile}', ours=whole, peer=whole+(0 if name=='data loading' else s), ratio=1-s/(whole if name=='data loading' else whole+s),
-                 target=target if profile=='debug' else None, conditions=f'{s/(whole if name=="data loading" else whole+s):.2%} of a run of {RUN} steps: {what}; '
-                 'seconds a step without and with it') for name,s,target,what in parts]
+             ('checkpoints in the background', 10*later['checkpoint']/RUN, None, f"{later['checkpoint']:.2f} s each until training goes on")]
+    return [dict(name=f'{name}, {profile}', ours=bare+part, peer=bare, ratio=bare/(bare+part), target=target if profile=='debug' else None, conditions=
+                 f'{part/(bare+part):.2%} of a run of {RUN} steps: {what}; seconds a step with it, and without') for name,part,target,what in parts]
 
 def bench():
     texts = [r['text'] for r in World().texts(TEXTS)]
     tokenizer = ChromaTokenizer.train(texts, VOCAB)
     with tempfile.TemporaryDirectory() as d:
         tokenizer.save(Path(d)/'tokenizer'); ids = tokenizer.encode(texts, max_length=512)
-        rows = [r for profile,steps in (('tiny', 12), ('debug', 4)) for r in rows_of(Path(d), [[min(x, 4095) for x in t] for t in ids] if profile=='tiny' else ids, profile, steps)]
-        return [two_processes(Path(d)), *rows]
+        small = [[min(x, 4095) for x in t] for t in ids]                            # the vocabulary of tiny
+        return [two_processes(Path(d)), *rows_of(Path(d), small, 'tiny', 12), *rows_of(Path(d), ids, 'debug', 4)]

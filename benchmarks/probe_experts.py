@@ -35,9 +35,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--data', help='folder with corpus/pretrain.jsonl.zst; by default the built-in corpus')
     parser.add_argument('--steps', type=int, default=300); parser.add_argument('--batch_tokens', type=int, default=4096)
-    parser.add_argument('--rates', type=float, nargs='+', default=[1e-2, 2e-2, 4e-2]); parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--rates', type=float, nargs='+', default=[5e-3, 1e-2, 2e-2]); parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--optimizer', default='muon', help='muon or adamw (its rates are smaller: --rates 1e-3 3e-3 1e-2)')
-    parser.add_argument('--out', type=Path, help='a JSON file')
+    parser.add_argument('--out', type=Path, help='a JSON file; what it holds already is not measured again')
     a = parser.parse_args()
     torch.set_num_threads(1); tune_cpu()
     c = load_config(profile='tiny', sets=[f'pretrain.steps={a.steps}', f'pretrain.batch_tokens={a.batch_tokens}', f'train.eval_every={a.steps}'])
@@ -47,7 +47,10 @@ def main():
     ids,valid = tokenizer.encode([r['text'] for r in rows], max_length=c.data.max_length), by_domain(held, tokenizer, c.data.max_length)
     mean_length = sum(map(len, ids))/len(ids)
     print(f'{len(ids)} texts of {mean_length:.0f} tokens on average, {len(held)} held out; {a.steps} steps of {a.batch_tokens} tokens', flush=True)
-    found,models = [],{}
+    settings = dict(data=a.data, steps=a.steps, batch_tokens=a.batch_tokens, optimizer=a.optimizer)
+    before = json.loads(a.out.read_text()) if a.out and a.out.exists() else dict(settings=settings, found=[])
+    if before['settings']!=settings: parser.error(f'{a.out} was measured with {before["settings"]}: give another --out')
+    found = before['found']
     def run(kind, rate, seed):
         known = next((f for f in found if (f['kind'],f['rate'],f['seed'])==(kind,rate,seed)), None)
         if known: return known['loss']
@@ -55,17 +58,17 @@ def main():
                 f'pretrain.lr={rate}', f'pretrain.min_lr={rate/10}',
                 f'optim.name={a.optimizer}', *(['model.moe.dense=twin'] if kind=='dense twin' else [])]
         c = load_config(profile='tiny', sets=sets)
-        log = MetricsLog(); models[kind,seed] = model = pretrain(c, ids, log, progress=False, valid=valid)
+        log = MetricsLog(); model = pretrain(c, ids, log, progress=False, valid=valid)
         last = [r for r in log.rows if 'eval_loss' in r][-1]
         found.append(dict(kind=kind, rate=rate, seed=seed, loss=last['eval_loss'], accuracy=last['eval_accuracy'],
                           guess=mean(v['guess'] for v in last['eval'].values()), domains={d: v['accuracy'] for d,v in last['eval'].items()}))
         print(f"{kind:12} lr {rate:<7g} seed {seed}: loss {last['eval_loss']:.4f}, {last['eval_accuracy']:.1%} right", flush=True)
-        if a.out: a.out.write_text(json.dumps(found, indent=1))
         if kind=='experts':
             judge = Validation(valid, c)
             model.eval()
             with torch.no_grad(): worse = [judge(shuffled(model, s))['eval_loss'] for s in range(3)]
             print(f'             routing shuffled: loss {mean(worse):.4f}', flush=True); found[-1]['shuffled'] = mean(worse)
+        if a.out: a.out.write_text(json.dumps(dict(settings=settings, found=found), indent=1))
         return last['eval_loss']
     kinds = ('experts','dense twin')
     best = {k: min(a.rates, key=lambda r: run(k, r, 0)) for k in kinds}

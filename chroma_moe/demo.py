@@ -173,7 +173,7 @@ def bag_config(c, steps=400):
     "The bag at its best: a high rate, and batches twice as large."
     return load_config(profile='tiny', sets=[f'tune.steps={min(steps, c.tune.steps)}', 'tune.lr=0.1', 'tune.batch_pairs=128', f'tune.seed={c.tune.seed}'])
 
-# %% ../nbs/26_demo.ipynb #918a27ac
+# %% ../nbs/26_demo.ipynb #82db7c20
 def summarise(
     c:Config,
     chroma:ChromaMoE,
@@ -185,7 +185,7 @@ def summarise(
     tests = world_tests(c)
     scores = {name: evaluate_world(encoder, tests) for name,encoder in dict(bm25=None, untrained=untrained, bag=bag, trained=chroma).items()}
     last = [[r for r in rows if r['phase']==p][-1] for p in ('pretrain','tune')]
-    tokens,seconds = sum(r['tokens'] for r in last), sum(r['tokens']/r['tokens_per_second'] for r in last)
+    tokens,seconds = sum(r['tokens'] for r in last), sum(r['seconds'] for r in last)
     return {**{d: {name: s[d] for name,s in scores.items()} for d in DOMAINS},
             'order_part': {name: scores[name]['order'] for name in ('bag','trained')},
             'tokens_per_second': round(tokens/seconds), 'profile': c.active_model_profile, 'parameters': count_params(c.model),

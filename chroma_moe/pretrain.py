@@ -6,7 +6,7 @@
 __all__ = ['TextBatches', 'masked_part', 'MaskedParts', 'masked_loss', 'Validation', 'dense_model', 'pretrain', 'check_processes',
            'load_tokenizer', 'load_texts', 'chroma_pretrain']
 
-# %% ../nbs/16_pretrain.ipynb #55595b35
+# %% ../nbs/16_pretrain.ipynb #5ca0ae6e
 import os, time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from .masking import Masked, mask_batch
 from .moe import add_stats, routing_summary
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start, sum_gradients
+from .sharding import gather, shard, unshard
 from .training import Feed, Loss, Part, Trainer, accumulate, check_out, epochs, optimizer_state, tune_cpu
 
 # %% ../nbs/16_pretrain.ipynb #58bdf4a5
@@ -87,7 +88,7 @@ def masked_loss(
     loss,right = blockwise_cross_entropy(rows, columns, masked.target, weight=ones)
     return Loss(loss, stats, dict(accuracy=right))
 
-# %% ../nbs/16_pretrain.ipynb #c217ead5
+# %% ../nbs/16_pretrain.ipynb #e841aa25
 class Validation:
     "Masked prediction on held-out texts."
     def __init__(self,
@@ -101,13 +102,16 @@ class Validation:
             mine = list(range(len(ids)))[self.ranks.rank::self.ranks.n]
             self.parts[name] = [masked_part([ids[mine[j]] for j in b], [(1<<40, n+mine[j]) for j in b], c)
                                 for b in token_batches([len(ids[i]) for i in mine], budget)]
+            passes = [len(token_batches([len(t) for t in ids[r::self.ranks.n]], budget)) for r in range(self.ranks.n)]
+            nothing = masked_part([ids[0][:1]], [(1<<40, n)], c)                       # sharded weights need as many passes on each process
+            self.parts[name] += [nothing]*(max(passes)-len(self.parts[name]))
             n += len(ids)
 
     def _guess(self, parts, size):
         "Targets in all, and the most frequent of them."
         counts = torch.zeros(size, dtype=torch.float64)
         for p in parts: counts += torch.bincount(p.batch.target, minlength=size)
-        self.ranks.add([counts])
+        counts = counts.to(self.ranks.device); self.ranks.add([counts])
         return counts.max().item()/max(1., counts.sum().item())
 
     def __call__(self, model:ChromaModel) -> dict: # eval_loss, eval_accuracy, and eval: both by domain
@@ -115,7 +119,8 @@ class Validation:
         for name,parts in self.parts.items():
             got = []
             for p in parts:
-                with self.ranks.autocast(): got.append(masked_loss(model, p.batch.to(self.ranks.device)))
+                with self.ranks.autocast(): g = masked_loss(model, p.batch.to(self.ranks.device))
+                if p.terms: got.append(g)
             found = self.ranks.total(sum(float(g.sum) for g in got), sum(float(g.figures['accuracy']) for g in got), sum(p.terms for p in parts))
             sums = [a+b for a,b in zip(sums, found)]
             out[name] = dict(loss=round(found[0]/found[2], 5), accuracy=round(found[1]/found[2], 5), tokens=round(found[2]),
@@ -123,7 +128,7 @@ class Validation:
             if got and got[0].stats: out[name]['routing'] = routing_summary(add_stats([g.stats for g in got]))
         return dict(eval_loss=round(sums[0]/sums[2], 6), eval_accuracy=round(sums[1]/sums[2], 6), eval=out)
 
-# %% ../nbs/16_pretrain.ipynb #e9ec377a
+# %% ../nbs/16_pretrain.ipynb #d9942089
 def dense_model(
     m:ModelConfig,
 ) -> ModelConfig:
@@ -153,11 +158,11 @@ def pretrain(
     run.connect()
     if run.model.m.moe.dense=='start' and not c.model.moe.dense:
         run.fit(feed, switch, judge)
-        run.switch = run.step; run.use(upcycle(run.model, p.seed+1), optimizer_state(run.opt, run.named))
+        run.switch = run.step; run.use(upcycle(unshard(run.model), p.seed+1), gather(optimizer_state(run.opt, run.named)))
     run.fit(feed, evaluate=judge); run.finish(); feed.close()
-    return run.model
+    return unshard(run.model)
 
-# %% ../nbs/16_pretrain.ipynb #f0129e02
+# %% ../nbs/16_pretrain.ipynb #05fc55c4
 def check_processes(
     ranks:Ranks,
     folder, # that all must see
@@ -169,15 +174,17 @@ def check_processes(
     c = load_config(profile='tiny', sets=['model.vocab_size=300','model.dim=64','pretrain.batch_tokens=4096'])
     ids = [[2, *((7*i+j)%290+6 for j in range(i%50)), 3] for i in range(max(64, 4*ranks.n))]
     def gradient(ranks):
-        model = ChromaModel(c.model).to(ranks.device).double(); named = [p for p in model.parameters()]
+        exact = Ranks(ranks.accelerator, sharded=ranks.sharded)
+        model = shard(ChromaModel(c.model).double(), exact).to(ranks.device); named = [p for p in model.parameters()]
         parts = [p._replace(batch=p.batch.to(ranks.device)) for p in next(MaskedParts(ids, c, ranks))]
-        exact = Ranks(ranks.accelerator); accumulate(parts, lambda b: masked_loss(model, b), exact, c.model.moe); sum_gradients(exact, named)
-        return torch.cat([p.grad.flatten() for p in named if p.grad is not None])
+        accumulate(parts, lambda b: masked_loss(model, b), exact, c.model.moe)
+        if not exact.sharded: sum_gradients(exact, named)
+        return torch.cat([gather(p.grad).cpu().flatten() for p in named if p.grad is not None])
     alone = Ranks(); alone.device = ranks.device
     one,all_ = gradient(alone),gradient(ranks)
     off = max(ranks.collect(((one-all_).norm()/one.norm()).item()))
     if not off<1e-9: raise ChromaError(f'the gradient of {ranks.n} processes is off by {off:.1e} from that of one: their sums do not arrive whole')
-    said.append(f'gradient of a step: {ranks.n} processes and one agree to {off:.0e}')
+    said.append(f'gradient of a step: {ranks.n} processes{", sharded," if ranks.sharded else ""} and one agree to {off:.0e}')
     x = torch.ones(1<<24, device=ranks.device); ranks.add([x])
     ranks.wait(); began = time.perf_counter(); ranks.add([x]); ranks.wait()
     if ranks.n>1: said.append(f'sum of 64 MB over all: {(time.perf_counter()-began)*1000:.0f} ms')

@@ -6,7 +6,7 @@
 __all__ = ['SKIPS', 'epochs', 'Feed', 'tune_cpu', 'Part', 'Loss', 'accumulate', 'seed_step', 'Stop', 'optimizer_state',
            'load_optimizer', 'Trainer', 'changes', 'due', 'check_out']
 
-# %% ../nbs/15_training.ipynb #df5b70ad
+# %% ../nbs/15_training.ipynb #f7d97413
 import ctypes, math, platform, queue, signal, threading, time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +22,7 @@ from .optim import learning_rate, make_optimizer
 from .sink import start_wandb
 from .parallel import Ranks, sum_gradients, whole_stats
 from .checkpoints import Checkpoints
+from .sharding import clip_gradients, gather, load_whole, send_after, shard, share
 
 # %% ../nbs/15_training.ipynb #0aca2a07
 class epochs:
@@ -100,7 +101,7 @@ def tune_cpu(
         libc.mallopt(-1, 2**31-1)    # M_TRIM_THRESHOLD: the heap is not given back
     if threads: torch.set_num_threads(threads)
 
-# %% ../nbs/15_training.ipynb #4f2a1469
+# %% ../nbs/15_training.ipynb #a5ac4db9
 class Part(NamedTuple):
     "What one process computes at one time."
     batch:Any
@@ -120,20 +121,22 @@ def accumulate(
     moe=None,          # MoEConfig with the weights of the routing losses; None leaves routing alone
     scale:Callable=lambda loss: loss, # of half precision
     flag:int=0,        # summed over processes: is one of them asked to stop?
+    before:Callable=lambda last: None, # called before each part: is it the last?
 ) -> dict: # sums over the parts of this process, and the totals of all
     "Add the gradient of the mean loss over all parts of all processes to `.grad`, as far as it is this process's."
     terms,tokens,flag = ranks.total(sum(p.terms for p in parts), sum(p.tokens for p in parts), flag)
     need(terms>0, 'a step has nothing to learn from: no term of the loss in any part; raise the batch size or the mask ratio')
     out = dict(terms=terms, tokens=tokens, flag=flag, loss=0., balance=0., stats=[], figures={})
-    for p in parts:
+    for i,p in enumerate(parts):
+        before(i+1==len(parts))
         with ranks.autocast(): got = loss_of(p.batch)
-        whole = whole_stats(ranks, got.stats)
-        loss,share = got.sum/terms, 1.
+        stats = whole_stats(ranks, got.stats)
+        loss,part = got.sum/terms, 1.
         if moe and got.stats is not None:
-            share = whole.tokens[0]/tokens
-            loss = loss + share*routing_loss(got.stats, moe, whole)
-            out['balance'] += share*balance_loss(got.stats, whole).detach()
-            out['stats'].append(RoutingStats(whole.count, got.stats.prob.detach(), got.stats.z.detach(), whole.tokens))
+            part = stats.tokens[0]/tokens
+            loss = loss + part*routing_loss(got.stats, moe, stats)
+            out['balance'] += part*balance_loss(got.stats, stats).detach()
+            out['stats'].append(RoutingStats(stats.count, got.stats.prob.detach(), got.stats.z.detach(), stats.tokens))
         scale(loss).backward()
         out['loss'] += got.sum.detach()
         for k,v in got.figures.items(): out['figures'][k] = out['figures'].get(k, 0.) + v
@@ -162,7 +165,7 @@ class Stop:
     def __exit__(self, *_):
         for n,old in self._old.items(): signal.signal(n, old)
 
-# %% ../nbs/15_training.ipynb #755a2a48
+# %% ../nbs/15_training.ipynb #7fe6ce4c
 SKIPS = 5 # steps in a row that may be left out
 
 def optimizer_state(
@@ -180,9 +183,9 @@ def load_optimizer(
     "Give each parameter its moments back; one whose shape is another begins anew."
     for n,p in named:
         if all(v.shape==p.shape for v in state.get(n, {}).values() if v.ndim):
-            opt.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k,v in state.get(n, {}).items()}
+            opt.state[p] = {k: share(v, p) if v.ndim else v.clone() for k,v in state.get(n, {}).items()}
 
-# %% ../nbs/15_training.ipynb #b99dc285
+# %% ../nbs/15_training.ipynb #8b87458c
 class Trainer:
     "A run of one phase."
     def __init__(self,
@@ -210,7 +213,8 @@ class Trainer:
 
     def use(self, model:nn.Module, carry:dict|None=None):
         "Train this model from here on, with what `carry` holds of the moments of its parameters."
-        self.model = model.to(self.ranks.device)
+        need(not (self.ranks.sharded and self.heads), f'{self.name} trains more than the model, and the weights are sharded: start it without FSDP')
+        self.model = shard(model, self.ranks).to(self.ranks.device)
         m = getattr(model, 'm', None)
         self.moe,self.monitor = (m.moe if m and m.moe_layers else None), Monitor(m, self.log.wandb, self.ranks.say)
         self.named = [*model.named_parameters(), *((f'heads.{n}', p) for n,p in (self.heads.named_parameters() if self.heads else ()))]
@@ -223,7 +227,7 @@ class Trainer:
         lr = learning_rate(self.step, p.steps, p.lr, p.min_lr, p.warmup)
         return lr * min(1., (self.step-self.switch+1)/max(1, round(p.steps*p.warmup))) if self.switch else lr
 
-# %% ../nbs/15_training.ipynb #ad5fb857
+# %% ../nbs/15_training.ipynb #610ece1a
 @patch
 def advance(self:Trainer, parts:list[Part], flag:int=0) -> dict:
     "One step; the sums of `accumulate`, with `norm` and `lr`."
@@ -231,10 +235,11 @@ def advance(self:Trainer, parts:list[Part], flag:int=0) -> dict:
     for g in self.opt.param_groups: g['lr'] = lr*g.get('scale', 1.)
     seed_step(self.c.train.seed, self.step, self.ranks.rank)
     parts = [p._replace(batch=_to(p.batch, self.ranks.device)) for p in parts]
-    got = accumulate(parts, lambda batch: self.loss_of(self.model, batch), self.ranks, self.moe, self.scaler.scale, flag)
-    sum_gradients(self.ranks, parameters)
+    got = accumulate(parts, lambda batch: self.loss_of(self.model, batch), self.ranks, self.moe, self.scaler.scale, flag,
+                     lambda last: send_after(self.model, last))
+    if not self.ranks.sharded: sum_gradients(self.ranks, parameters)
     self.scaler.unscale_(self.opt)
-    norm = nn.utils.clip_grad_norm_(parameters, self.c.optim.clip).item()
+    norm = clip_gradients(parameters, self.c.optim.clip)
     fine = math.isfinite(norm)
     if fine or self.scaler.is_enabled(): self.scaler.step(self.opt); self.scaler.update()
     self.opt.zero_grad()
@@ -279,7 +284,7 @@ def write(self:Trainer, row:dict):
     "Log a row, and look at its routing."
     if self.ranks.main: self.log.add(**row); self.monitor.add(**row)
 
-# %% ../nbs/15_training.ipynb #e975eb1a
+# %% ../nbs/15_training.ipynb #63408c59
 def changes(
     old:dict, # configuration, as nested dicts of plain values
     new:dict,
@@ -296,7 +301,9 @@ def changes(
 @patch
 def state(self:Trainer, place:dict) -> dict:
     "Everything that the rest of the run depends on."
-    return dict(model=self.model.state_dict(), heads=self.heads.state_dict() if self.heads else {}, optimizer=optimizer_state(self.opt, self.named),
+    keep = self.ranks.main
+    return dict(model=gather(self.model.state_dict(), keep), heads=self.heads.state_dict() if self.heads else {},
+                optimizer=gather(optimizer_state(self.opt, self.named), keep),
                 scaler=self.scaler.state_dict(), place=place, step=self.step, tokens=self.tokens, skipped=self.skipped, switch=self.switch,
                 best=self.best if math.isfinite(self.best) else None, seconds=self.seconds, ranks=self.ranks.n, run_id=self.run_id,
                 config=asdict(self.c), shape=asdict(self.model.m) if hasattr(self.model, 'm') else None)
@@ -310,7 +317,7 @@ def load(self:Trainer, state:dict):
     if state['ranks']!=self.ranks.n:
         self.ranks.say(f'saved by {state["ranks"]} processes, resumed by {self.ranks.n}: the batches are the same; sums are made in another order, and '
                        'dropout and router noise, where they are on, draw other numbers, so that the last digits may differ')
-    self.model.load_state_dict(state['model'])
+    load_whole(self.model, state['model'])
     if self.heads: self.heads.load_state_dict(state['heads'])
     load_optimizer(self.opt, self.named, state['optimizer'])
     if state['scaler']: self.scaler.load_state_dict(state['scaler'])
@@ -339,7 +346,7 @@ def connect(self:Trainer):
     self.log.wandb = self.monitor.wandb = sink = start_wandb(self.c.wandb, self.folder, asdict(self.c), self.run_id)
     if sink: self.run_id = sink.run_id
 
-# %% ../nbs/15_training.ipynb #777579b5
+# %% ../nbs/15_training.ipynb #93c15c00
 def due(
     step:int,   # steps done
     every:int,  # asked for; 0 is `times` in a run, negative is never
@@ -399,7 +406,9 @@ def judge(self:Trainer, evaluate:Callable) -> bool: # the best so far?
 @patch
 def save(self:Trainer, place:dict):
     "Write a checkpoint."
-    if self.checkpoints: self.checkpoints.save(self.step, self.state(place), self.best if math.isfinite(self.best) else None)
+    if not self.checkpoints and not self.ranks.sharded: return
+    state = self.state(place)                                                          # each process has a piece to give
+    if self.checkpoints: self.checkpoints.save(self.step, state, self.best if math.isfinite(self.best) else None)
 
 @patch
 def leave(self:Trainer, number:int):

@@ -232,7 +232,8 @@ def text_of(p, code=0, seconds=300):
     return said
 
 TORCHRUN = 'torch.distributed.run','--standalone','--nproc_per_node','2','-m','chroma_moe.pretrain'
-ACCELERATE = 'accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','-m','chroma_moe.pretrain'
+ACCELERATE = (*'accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m'.split(),
+              'chroma_moe.pretrain')
 
 def test_check_processes(home, tmp_path):
     said = home.start(tmp_path, ranks=2, before=['--test-ddp']).end()
@@ -251,7 +252,8 @@ def counts(home, *sets):
         out.append([p.terms for p in next(MaskedParts(ids, c, ranks))])
     return out
 
-@pytest.mark.parametrize('sets', [('pretrain.batch_tokens=300',), ('pretrain.batch_tokens=900','train.micro_tokens=120','model.moe.balance=0')], ids=['balance','rounds'])
+@pytest.mark.parametrize('sets', [('pretrain.batch_tokens=300',), ('pretrain.batch_tokens=900','train.micro_tokens=120','model.moe.balance=0')],
+                         ids=['balance','rounds'])
 def test_two_processes_equal_one(home, tmp_path, sets):
     "Launched by torchrun, for real; without chance, so that only the order of sums differs."
     sets = (*EXACT, *sets, 'pretrain.steps=10')
@@ -286,7 +288,8 @@ def test_launched_from_python(home, tmp_path):
     print(f'debug_launcher with 2 processes within {off:.0e} of one; notebook_launcher the same bits')
 
 @pytest.mark.parametrize('launcher,env,sets,says', [
-    (('accelerate.commands.launch','--cpu','--num_processes','2','-m','chroma_moe.pretrain'), {}, (), 'started one: use torchrun --standalone --nproc_per_node 2'),
+    (('accelerate.commands.launch','--cpu','--num_processes','2','-m','chroma_moe.pretrain'), {}, (),
+     'started one: use torchrun --standalone --nproc_per_node 2'),
     (None, dict(WORLD_SIZE='2'), (), 'WORLD_SIZE is 2, but RANK or MASTER_ADDR is missing'),
     (None, {}, ('train.precision=fp16',), 'train.precision is fp16, which a CPU would run as float32')], ids=['accelerate --cpu','WORLD_SIZE','fp16'])
 def test_refused_launches(home, tmp_path, launcher, env, sets, says):
@@ -298,8 +301,8 @@ def test_refused_launches(home, tmp_path, launcher, env, sets, says):
 
 def workers(launcher):
     "Pids of the processes that a launcher started."
-    parents = {int(p.name): int(p.joinpath('stat').read_text().rpartition(')')[2].split()[1]) for p in Path('/proc').glob('[0-9]*') if p.joinpath('stat').exists()}
-    return sorted(pid for pid,parent in parents.items() if parent==launcher.pid)
+    found = subprocess.run(['ps','-o','pid=','--ppid',str(launcher.pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))
 
 def wait_for_step(p, out, step, seconds=120):
     until = time.monotonic()+seconds
@@ -361,7 +364,8 @@ def test_disk_full(home, tmp_path):
 @pytest.mark.long
 def test_real_small_disk(home, tmp_path):
     disk = tmp_path/'disk'; disk.mkdir()
-    if subprocess.run(['mount','-t','tmpfs','-o','size=5m','tmpfs',disk], capture_output=True).returncode: pytest.skip('mounting a small disk is not allowed here')
+    mount = subprocess.run(['mount','-t','tmpfs','-o','size=5m','tmpfs',disk], capture_output=True)
+    if mount.returncode: pytest.skip('mounting a small disk is not allowed here')
     try:
         says = sentence(home.start(disk/'run', 'train.keep=9').end(1)); assert 'cannot be saved (No space left on device)' in says
         left = saved(disk/'run'); assert left and not hidden(disk/'run') and all(verify_checkpoint(p)==[] for p in (disk/'run/checkpoints').iterdir())
