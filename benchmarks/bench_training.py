@@ -23,7 +23,10 @@ def speeds(home, ranks, runs):
     outs = [home/f'run{ranks}{i}' for i in range(runs)]
     def start(out): return subprocess.Popen([sys.executable, '-m', *launch, 'chroma_moe.pretrain', '--no_progress', '--profile', 'debug', '--out', str(out),
                                              *(w for s in sets for w in ('--set', s))], env=os.environ|dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
-    for p in [start(out) for out in outs]: assert p.wait()==0
+    running = [start(out) for out in outs]
+    try: assert all([p.wait()==0 for p in running])
+    finally:
+        for p in running: p.terminate()
     rows = [[json.loads(line) for line in open(out/'metrics.jsonl')] for out in outs]
     for out in outs: subprocess.run(['rm', '-r', out], check=True)
     return sum(median(r['tokens_per_second'] for r in run if 'tokens_per_second' in r and r['step']>1) for run in rows)

@@ -284,7 +284,7 @@ def write(self:Trainer, row:dict):
     "Log a row, and look at its routing."
     if self.ranks.main: self.log.add(**row); self.monitor.add(**row)
 
-# %% ../nbs/15_training.ipynb #63408c59
+# %% ../nbs/15_training.ipynb #435b97f5
 def changes(
     old:dict, # configuration, as nested dicts of plain values
     new:dict,
@@ -312,7 +312,8 @@ def state(self:Trainer, place:dict) -> dict:
 def load(self:Trainer, state:dict):
     "Go on from `state`; the model is of the shape it had then."
     for key,a,b in changes(state['config'], asdict(self.c)):
-        need(not key.startswith(('model.','data.seed')), f'the checkpoint was made with {key}={a}, and now it is {b}: give the same, or begin anew in another --out')
+        need(not key.startswith(('model.','data.seed')), f'the checkpoint was made with {key}={a}, and now it is {b}: give the same, '
+             'or begin anew in another --out')
         if not key.startswith(('train.','wandb.','evaluate.')): self.ranks.say(f'{key} was {a} and is now {b}: from here on it is another run')
     if state['ranks']!=self.ranks.n:
         self.ranks.say(f'saved by {state["ranks"]} processes, resumed by {self.ranks.n}: the batches are the same; sums are made in another order, and '
@@ -419,12 +420,13 @@ def leave(self:Trainer, number:int):
     self.ranks.end()
     raise SystemExit(128+(number or signal.SIGTERM))
 
-# %% ../nbs/15_training.ipynb #aab7c4bc
+# %% ../nbs/15_training.ipynb #f5fc92f0
 def check_out(
     out,         # folder of a run that is to begin, or to go on
     resume:bool,
 ):
     "Refuse a folder that holds a finished model, or an unfinished run that is not to go on."
     out = Path(out); begun = (out/'checkpoints').exists()
-    need(not (out/'model.safetensors').exists() or begun and not (out/'config.yaml').exists(), f"'{out}' already holds a model: give another --out, or remove it")
+    need(not (out/'model.safetensors').exists() or begun and not (out/'config.yaml').exists(),
+         f"'{out}' already holds a model: give another --out, or remove it")
     need(resume or not begun, f"'{out}' holds checkpoints of a run that did not end: add --resume to go on, or give another --out")

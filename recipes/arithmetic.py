@@ -1,6 +1,7 @@
 "What the recipes cost, from their own config files. `python recipes/arithmetic.py` prints the tables of README.md."
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ RECIPES = dict(laptop=(1, 'two CPU cores', 0.1e12, 0.35), one_gpu=(1, 'H100', 99
                sixty_four_gpus=(64, 'H100', 990e12, 0.25))
 QUERY,DOCUMENT = 12,120                                    # tokens of a query and of a document in phase 2, on average
 
+@cache
 def kept_bytes(m):
     "Bytes a token that a pass keeps for the backward pass in float32, counted on one layer of the true width."
     one = ChromaModel(replace(m, layers=1, vocab_size=256, checkpoint=False))

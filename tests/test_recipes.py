@@ -51,13 +51,14 @@ def test_arithmetic(arithmetic):
     assert f['hours']==pytest.approx(20e9*flops_per_token(m, 2048, training=True)/(8*990e12*0.25)/3600)
     assert max(f['memory'], f['tune_memory']) < 0.9*80e9 and arithmetic.figures('eight_gpus', True)['memory'] < 0.9*40e9
     assert arithmetic.figures('sixty_four_gpus')['tokens']==1_500_000_000_000
-    print(f"full on 8 H100: {arithmetic.told(f['hours'])}, {f['memory']/1e9:.0f} GB each; sharded {arithmetic.figures('eight_gpus', True)['memory']/1e9:.0f} GB")
+    cut = arithmetic.figures('eight_gpus', True)['memory']
+    print(f"full on 8 H100: {arithmetic.told(f['hours'])}, {f['memory']/1e9:.0f} GB each; sharded {cut/1e9:.0f} GB")
 
 def test_commands():
     "Every command in the README is one that its parser takes, with files that exist."
     from accelerate.commands.launch import launch_command_parser
     from chroma_moe.pretrain import chroma_pretrain
-    from chroma_moe.store import chroma_data
+    from chroma_moe.data import chroma_data
     from chroma_moe.tokenizer import chroma_tokenizer
     from chroma_moe.tune import chroma_tune
     ours = {f.__name__: f for f in (chroma_pretrain, chroma_data, chroma_tokenizer, chroma_tune)}; n = 0
