@@ -65,7 +65,7 @@ def gather_sum(
     "For each token, the sum of the answers to its visits."
     return F.embedding_bag(place_TK, y_SD, mode='sum')
 
-# %% ../nbs/05a_experts.ipynb #d5f7c478
+# %% ../nbs/05a_experts.ipynb #754cf274
 class Experts(torch.autograd.Function):
     "All routed experts on sorted visits."
     @staticmethod
@@ -92,8 +92,8 @@ class Experts(torch.autograd.Function):
         ddown = _outer(dy_SD, a.mul_(g_S1), ends, rows) if want_down else None
         if not (want_x or want_up): return None, dg_TK, None, ddown, None, None, None, None
         dh_SF = torch.empty_like(h_SF); dgate,dup = dh_SF.chunk(2, -1)
-        torch.mul(da.mul_(g_S1), silu, out=dup); da.mul_(up)
-        dgate.copy_(torch.ops.aten.silu_backward(da, gate)) if half else torch.mul(da, silu.mul_(1-s).add_(s), out=dgate)
+        dup.copy_(da.mul_(g_S1)).mul_(silu); da.mul_(up)                              # in place: the compiler takes no `out` that is a view
+        dgate.copy_(torch.ops.aten.silu_backward(da, gate)) if half else dgate.copy_(da).mul_(silu.mul_(1-s).add_(s))
         dgate_up = _outer(dh_SF, torch.index_select(x_TD, 0, tokens, out=buffer), ends, rows) if want_up else None
         dx = gather_sum(_times(dh_SF, gate_up, ends, rows, out=buffer), place) if want_x else None
         return dx, dg_TK, dgate_up, ddown, None, None, None, None

@@ -249,7 +249,7 @@ def _sentence(kind, layers, names, top_k):
     what = FAULTS[kind].format(n='two' if top_k<=2 else top_k) + ': ' + ', '.join(w.format(names[i]) for _,i,w in layers[:3])
     return what + f', and {len(layers)-3} more layers'*(len(layers)>3)
 
-# %% ../nbs/14b_monitor.ipynb #9b63b5bf
+# %% ../nbs/14b_monitor.ipynb #e74feef9
 def new_figure(
     width:float,  # inches
     height:float, # inches
@@ -276,18 +276,18 @@ def routing_figure(
     need(history, 'there is no routing to draw: add rows first')
     steps,load = [s for s,_ in history], np.stack([l for _,l in history])             # (times, layers, E)
     L,E = load.shape[1:]; names,domains = names or list(range(L)), dict(list((domains or {}).items())[:4])
-    size = 1 if E<=16 else 1.4; fig = new_figure(7.2*size, 2.1*size*(2+bool(domains))); grid = fig.add_gridspec(2+bool(domains), 12)
-    image = _heat(fig.add_subplot(grid[0,:6]), load[-1], f'load at step {steps[-1]}', rows=names)
-    ax = fig.add_subplot(grid[0,6:]); ax.set_title('entropy, one line a layer', fontsize=9); ax.tick_params(labelsize=8)
+    size = 1 if E<=16 else 1.4; fig = new_figure(7.6*size, 2.1*size*(2+bool(domains))); lines = fig.subfigures(2+bool(domains), 1)
+    left,ax = lines[0].subplots(1, 2)
+    image = _heat(left, load[-1], f'load at step {steps[-1]}', rows=names)
+    ax.set_title('entropy, one line a layer', fontsize=9); ax.tick_params(labelsize=8)
     for i,h in enumerate(load_entropy(load).T):
         ax.plot(steps, h, lw=1, color=(0.1+0.8*i/L, 0.4, 0.8-0.7*i/L), label=f'layer {names[i]}' if L<=6 or i in (0,L-1) else None)
     ax.set(xlabel='step', ylim=(min(0.75, ax.get_ylim()[0]), 1.02)); ax.legend(fontsize=7)
-    some = sorted({round(i*(L-1)/3) for i in range(4)}); wide = 12//len(some)
-    for j,i in enumerate(some):
-        _heat(fig.add_subplot(grid[1,j*wide:(j+1)*wide]), load[:,i], f'layer {names[i]} over time', (steps[0], steps[-1]+1, E-0.5, -0.5), ('step','expert'))
-    for j,(d,l) in enumerate(domains.items()):
-        wide = 12//len(domains); _heat(fig.add_subplot(grid[2,j*wide:(j+1)*wide]), l, d, rows=names)
-    bar = fig.colorbar(image, ax=fig.axes, shrink=0.6, ticks=range(-2,3)); bar.ax.set_yticklabels(['1/4','1/2','even','2 x','4 x'], fontsize=8)
+    some = sorted({round(i*(L-1)/3) for i in range(4)})
+    for i,ax in zip(some, lines[1].subplots(1, len(some), squeeze=False)[0]):
+        _heat(ax, load[:,i], f'layer {names[i]} over time', (steps[0], steps[-1]+1, E-0.5, -0.5), ('step','expert'))
+    for (d,l),ax in zip(domains.items(), lines[2].subplots(1, len(domains), squeeze=False)[0] if domains else ()): _heat(ax, l, d, rows=names)
+    bar = lines[0].colorbar(image, ax=left, ticks=range(-2,3)); bar.ax.set_yticklabels(['1/4','1/2','even','2 x','4 x'], fontsize=8)
     return fig
 
 # %% ../nbs/14b_monitor.ipynb #4212711b

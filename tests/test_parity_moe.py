@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 
 from chroma_moe.config import load_config
-from chroma_moe.experts import GroupedExperts, group_by_expert, run_experts
+from chroma_moe.experts import Experts, run_experts, sort_by_expert
 from chroma_moe.moe import MoE, RoutingStats, feed_forward, routing_loss
 
 D,E,K,f,T = 32,8,3,24,200
@@ -101,7 +101,7 @@ def test_grouped_products_honour_what_is_wanted():
     values = [torch.randn(*s, generator=g) for s in shapes]
     for wanted in ((1,1,1,1), (1,0,0,0), (0,1,0,0), (0,0,1,0), (0,0,0,1), (0,1,0,1)):
         leaves = [v.clone().requires_grad_(bool(w)) for v,w in zip(values, wanted)]
-        GroupedExperts.apply(*leaves, *group_by_expert(i, E)).sum().backward()
+        Experts.apply(*leaves, *sort_by_expert(i, E, loop=False)).sum().backward()
         whole = whole or [l.grad for l in leaves]
         assert all((l.grad is None)==(not w) and (not w or torch.equal(l.grad, full)) for l,w,full in zip(leaves, wanted, whole))
     print('a gradient is computed where it is wanted, and is the same whatever else is')
