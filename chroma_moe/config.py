@@ -228,7 +228,7 @@ def memory_bytes(m:ModelConfig) -> dict:
     n = count_params(m)
     return dict(training=16*n, inference_float32=4*n, inference_bfloat16=2*n)
 
-# %% ../nbs/00_config.ipynb #254e6c9e
+# %% ../nbs/00_config.ipynb #4d5d8072
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The byte-level BPE."
@@ -252,6 +252,7 @@ class DataConfig:
     strategy:str = 'weighted'  # shares of several sources: 'weighted' as given, 'equal', or 'proportional' (everything once, as without weights)
     store:str = ''             # folder of a token store that phase 1 reads in place of data.texts
     valid:tuple[str,...] = ()  # sources of texts to evaluate phase 1 on; () is the valid split of data.texts, or every hundredth text
+    valid_pairs:tuple[str,...] = () # sources of pairs to evaluate phase 2 on; () is the valid split of data.pairs, or every hundredth pair
     size:str = 'all'           # texts or pairs in one pass; 'all' is every row of a file, and 20k of the endless `world`
     max_bad:float = 0.001      # share of broken rows in a source above which a run stops
     seed:int = 0               # seed of the data, and of its order
@@ -326,7 +327,7 @@ class WandbConfig:
     def __post_init__(self):
         need(self.mode in ('auto','online','offline'), f"wandb.mode is '{self.mode}': give auto, online or offline")
 
-# %% ../nbs/00_config.ipynb #bea87f9e
+# %% ../nbs/00_config.ipynb #c7a0cc1d
 @dataclass(frozen=True)
 class PretrainConfig:
     "Phase 1: span-masked prediction."
@@ -360,11 +361,32 @@ class TuneConfig:
     warmup:float = 0.05        # share of the steps to reach the peak
     temperature:float = 0.05   # starting temperature of the softmax; it is learned
     negatives:int = 1          # hard negatives a pair, at most
+    losses:tuple[str,...] = ('infonce',) # LOSS, or SOURCE=LOSS: infonce, own (no in-batch negatives), listwise, distil, triplet, contrastive, cosine, cosent
+    symmetric:bool = False     # infonce: ask from documents to queries too?
+    too_good:float = 2.        # infonce: a document whose cosine exceeds that of the right one by so much is not called wrong; 2 is never
+    margin:float = 0.5         # of the losses triplet and contrastive
+    teacher:float = 1.         # distil: temperature of the teacher's scores
+    learn_temperature:bool = True # or keep it as it is?
+    matryoshka:tuple[int,...] = () # smaller widths that the vectors are trained to be cut to
+    retain:float = 0.          # share of the chunks of train.micro_tokens that keep their graph, so that they run once
+    batches:int = 1            # the pairs of a step are so many batches, whose pairs do not see each other
+    mix:str = 'blend'          # a batch is a 'blend' of all sources, or from one 'source'
+    instructions:tuple[str,...] = () # what the queries want, TEXT or SOURCE=TEXT; () is what the rows say, '' is nothing
+    query_length:int = 0       # tokens of a query before it is cut; 0 is data.max_length
+    best:bool = True           # end with the weights that did best on held-out pairs?
     seed:int = 0               # order of the pairs
 
     def __post_init__(self):
         need(0.01<=self.temperature<=0.5, f'tune.temperature is {self.temperature}: give 0.01 to 0.5')
         need(self.batch_pairs>=2, f'tune.batch_pairs is {self.batch_pairs}: in-batch negatives need at least 2')
+        need(self.batches>0 and self.batch_pairs%self.batches==0 and self.batch_pairs>=2*self.batches, f'tune.batches is {self.batches} and tune.batch_pairs is '
+             f'{self.batch_pairs}: the pairs must divide evenly, two at least in a batch')
+        need(self.mix in ('blend','source'), f"tune.mix is '{self.mix}': give blend or source")
+        need(0<=self.retain<=1, f'tune.retain is {self.retain}: give a share between 0 and 1')
+        need(self.negatives>=0, f'tune.negatives is {self.negatives}: it cannot be negative')
+        need(self.teacher>0, f'tune.teacher is {self.teacher}: it must be positive')
+        need(self.query_length==0 or self.query_length>2, f'tune.query_length is {self.query_length}: marker and end alone take 2 tokens')
+        need(all(d>0 for d in self.matryoshka), f'tune.matryoshka is {self.matryoshka}: widths are positive')
         _check_phase('tune', self)
 
 def _check_phase(name, c):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import need
 from .moe import RoutingStats
 
-# %% ../nbs/14_parallel.ipynb #034d8559
+# %% ../nbs/14_parallel.ipynb #a981ffd1
 BUCKET = 1<<26 # numbers that are sent at once
 
 class Ranks:
@@ -41,6 +41,15 @@ class Ranks:
             flat = torch.cat([t.flatten() for t in bucket])
             dist.all_reduce(flat)
             for t,part in zip(bucket, flat.split([t.numel() for t in bucket])): t.copy_(part.view_as(t))
+
+    def gather(self, x:Tensor) -> tuple: # (N, ...) the rows of all processes, one after the other; how many stand before ours
+        "The rows of every process, of which each may have another number."
+        if self.n==1: return x, 0
+        sizes = [int(n) for n in self.total(*(len(x)*(r==self.rank) for r in range(self.n)))]
+        mine = x.new_zeros(max(sizes), *x.shape[1:]); mine[:len(x)] = x
+        parts = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(parts, mine)
+        return torch.cat([p[:n] for p,n in zip(parts, sizes)]), sum(sizes[:self.rank])
 
     def collect(self, x) -> list:
         "What each process has, on all of them."

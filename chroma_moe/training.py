@@ -101,7 +101,7 @@ def tune_cpu(
         libc.mallopt(-1, 2**31-1)    # M_TRIM_THRESHOLD: the heap is not given back
     if threads: torch.set_num_threads(threads)
 
-# %% ../nbs/15_training.ipynb #a5ac4db9
+# %% ../nbs/15_training.ipynb #70f77d0f
 class Part(NamedTuple):
     "What one process computes at one time."
     batch:Any
@@ -112,7 +112,7 @@ class Loss(NamedTuple):
     "What `loss_of` gives for a part."
     sum:torch.Tensor         # over the terms
     stats:RoutingStats|None  # of routing
-    figures:dict             # name -> sum over the terms, to be logged as means
+    figures:dict             # name -> sum over the terms, a number or a histogram, to be logged as means
 
 def accumulate(
     parts:list[Part],  # of this process; all have the same number
@@ -185,7 +185,7 @@ def load_optimizer(
         if all(v.shape==p.shape for v in state.get(n, {}).values() if v.ndim):
             opt.state[p] = {k: share(v, p) if v.ndim else v.clone() for k,v in state.get(n, {}).items()}
 
-# %% ../nbs/15_training.ipynb #8b87458c
+# %% ../nbs/15_training.ipynb #c679631b
 class Trainer:
     "A run of one phase."
     def __init__(self,
@@ -196,6 +196,7 @@ class Trainer:
         phase=None,              # steps, lr, min_lr, warmup; by default the section of that name
         ranks:Ranks|None=None,   # by default one process
         heads:nn.Module|None=None, # further parameters to train
+        gradients:Callable=accumulate, # how the gradient of a step is made
         after_step:Callable=lambda: None,
         log:MetricsLog|None=None,
         folder=None,             # of the run: checkpoints and pictures go there; None writes none
@@ -203,7 +204,7 @@ class Trainer:
         progress:bool=True,
     ):
         self.loss_of,self.c,self.name,self.phase,self.ranks = loss_of,c,name,phase or getattr(c, name),ranks or Ranks()
-        self.heads,self.after_step,self.log,self.head,self.progress = heads,after_step,log or MetricsLog(),head,progress
+        self.heads,self.gradients,self.after_step,self.log,self.head,self.progress = heads,gradients,after_step,log or MetricsLog(),head,progress
         self.step = self.tokens = self.skipped = self.switch = 0
         self.best,self.seconds,self.run_id = math.inf,0.,None
         self.folder = Path(folder) if folder and self.ranks.main else None
@@ -227,7 +228,7 @@ class Trainer:
         lr = learning_rate(self.step, p.steps, p.lr, p.min_lr, p.warmup)
         return lr * min(1., (self.step-self.switch+1)/max(1, round(p.steps*p.warmup))) if self.switch else lr
 
-# %% ../nbs/15_training.ipynb #610ece1a
+# %% ../nbs/15_training.ipynb #adb3cfb3
 @patch
 def advance(self:Trainer, parts:list[Part], flag:int=0) -> dict:
     "One step; the sums of `accumulate`, with `norm` and `lr`."
@@ -235,8 +236,8 @@ def advance(self:Trainer, parts:list[Part], flag:int=0) -> dict:
     for g in self.opt.param_groups: g['lr'] = lr*g.get('scale', 1.)
     seed_step(self.c.train.seed, self.step, self.ranks.rank)
     parts = [p._replace(batch=_to(p.batch, self.ranks.device)) for p in parts]
-    got = accumulate(parts, lambda batch: self.loss_of(self.model, batch), self.ranks, self.moe, self.scaler.scale, flag,
-                     lambda last: send_after(self.model, last))
+    got = self.gradients(parts, lambda batch: self.loss_of(self.model, batch), self.ranks, self.moe, self.scaler.scale, flag,
+                         lambda last: send_after(self.model, last))
     if not self.ranks.sharded: sum_gradients(self.ranks, parameters)
     self.scaler.unscale_(self.opt)
     norm = clip_gradients(parameters, self.c.optim.clip)
@@ -262,16 +263,19 @@ def check(self:Trainer, got:dict, where):
                           ', or leave such steps out with train.non_finite=skip'))
     self.ranks.say(f'{what}: this step is left out')
 
-# %% ../nbs/15_training.ipynb #8d3ea2ff
+# %% ../nbs/15_training.ipynb #bae9b83f
 @patch
 def note(self:Trainer, meter:list[dict], seconds:float) -> dict:
     "Log a line for these steps."
     last,terms,stats = meter[-1],sum(g['terms'] for g in meter),add_stats([g['stats'] for g in meter]) if meter[0]['stats'] else None
     names = sorted(last['figures'])
-    sums = self.ranks.total(*(float(sum(g[k] for g in meter)) for k in ('loss','balance')), *(float(sum(g['figures'][k] for g in meter)) for k in names))
+    counted = [torch.as_tensor(sum(g['figures'][k] for g in meter)).double().flatten().tolist() for k in names]   # a number, or a histogram
+    sums = self.ranks.total(*(float(sum(g[k] for g in meter)) for k in ('loss','balance')), *(x for v in counted for x in v))
+    figures = (sums[2+sum(map(len, counted[:i])):][:len(v)] for i,v in enumerate(counted))
     speed = sum(g['tokens'] for g in meter)/max(seconds, 1e-9)
     row = dict(phase=self.name, step=self.step, loss=round(sums[0]/terms, 5), lr=last['lr'], grad_norm=round(last['norm'], 4),
-               **{k: round(v/terms, 5) for k,v in zip(names, sums[2:])}, tokens=self.tokens, tokens_per_second=round(speed), seconds=round(self.seconds, 2))
+               **{k: round(v[0]/terms, 5) if len(v)==1 else [round(x/terms, 5) for x in v] for k,v in zip(names, figures)},
+               tokens=self.tokens, tokens_per_second=round(speed), seconds=round(self.seconds, 2))
     kind = torch.bfloat16 if self.ranks.precision=='bf16' else torch.float32
     used = hasattr(self.model, 'm') and mfu(speed, self.model.m, self.ranks.device, self.ranks.n, masked=self.head, dtype=kind)
     if used: row['mfu'] = round(used, 4)
