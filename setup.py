@@ -12,5 +12,6 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
       long_description_content_type='text/markdown', python_requires='>='+cfg['min_python'],
       packages=find_packages(include=[cfg['lib_path'],cfg['lib_path']+'.*']),
-      install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
+      install_requires=cfg['requirements'].split(),
+      extras_require=dict(dev=(cfg['dev_requirements']+' '+cfg['faiss_requirements']).split(), faiss=cfg['faiss_requirements'].split()),
       entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]))

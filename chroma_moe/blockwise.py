@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from .config import need
 
-# %% ../nbs/08_blockwise.ipynb #adc2b969
+# %% ../nbs/08_blockwise.ipynb #e44b73b1
 class Matches:
     "Rows and columns that share a key, found block by block."
     def __init__(self,
@@ -19,11 +19,15 @@ class Matches:
         column:Tensor,      # (K,) ... and the column that has it; a column may have several
     ):
         order = key.argsort(stable=True)
-        self.row_key,self.key,self.column = row_key.contiguous(),key[order],column[order]
+        self.row_key,self.key,self.column = row_key,key[order],column[order]
 
     def block(self, rows:slice) -> tuple: # rows counted from the start of the block, and a column for each
         "The pairs of some rows."
-        wanted = self.row_key[rows]
+        return self.of(self.row_key[rows])
+
+    def of(self, wanted:Tensor) -> tuple: # (n,) -> places in `wanted`, and a column for each
+        "The pairs of some keys."
+        wanted = wanted.contiguous()
         first = torch.searchsorted(self.key, wanted)
         n = torch.searchsorted(self.key, wanted, right=True) - first
         row = torch.arange(len(n), device=n.device).repeat_interleave(n)

@@ -327,7 +327,7 @@ class WandbConfig:
     def __post_init__(self):
         need(self.mode in ('auto','online','offline'), f"wandb.mode is '{self.mode}': give auto, online or offline")
 
-# %% ../nbs/00_config.ipynb #c7a0cc1d
+# %% ../nbs/00_config.ipynb #918d6052
 @dataclass(frozen=True)
 class PretrainConfig:
     "Phase 1: span-masked prediction."
@@ -379,8 +379,8 @@ class TuneConfig:
     def __post_init__(self):
         need(0.01<=self.temperature<=0.5, f'tune.temperature is {self.temperature}: give 0.01 to 0.5')
         need(self.batch_pairs>=2, f'tune.batch_pairs is {self.batch_pairs}: in-batch negatives need at least 2')
-        need(self.batches>0 and self.batch_pairs%self.batches==0 and self.batch_pairs>=2*self.batches, f'tune.batches is {self.batches} and tune.batch_pairs is '
-             f'{self.batch_pairs}: the pairs must divide evenly, two at least in a batch')
+        need(self.batches>0 and self.batch_pairs%self.batches==0 and self.batch_pairs>=2*self.batches, f'tune.batches is {self.batches} and '
+             f'tune.batch_pairs is {self.batch_pairs}: the pairs must divide evenly, two at least in a batch')
         need(self.mix in ('blend','source'), f"tune.mix is '{self.mix}': give blend or source")
         need(0<=self.retain<=1, f'tune.retain is {self.retain}: give a share between 0 and 1')
         need(self.negatives>=0, f'tune.negatives is {self.negatives}: it cannot be negative')

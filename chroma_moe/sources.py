@@ -49,7 +49,7 @@ def choose_files(
     if config and (found := [p for p in paths if config in re.split(r'[/.]', p)]): paths = found
     return _by_split(paths, split)
 
-# %% ../nbs/02_sources.ipynb #f0a9d2e3
+# %% ../nbs/02_sources.ipynb #22d90560
 def _refusal(source, config, split, reason, remedy):
     what = f"{source.name} ({source.id}, config '{config or 'default'}', split '{split}')"
     return ChromaError(f'{what}: {reason}: {remedy}')
@@ -96,7 +96,7 @@ def local_files(path, source, config, split):
     if not p.exists(): raise ChromaError(f"there is no file or folder '{path}', and no source of that name: give a path, or one of {', '.join(SOURCES)}")
     if p.is_file():
         need(DataFile(str(p)).suffix, f"'{path}' is of no known kind: give {', '.join(SUFFIXES)}, plain or with .gz or .zst behind it")
-        return [DataFile(str(p))]
+        return [DataFile(str(p))] if split=='train' or choose_files([p.name], '', config, split) else []     # one file is one split
     listed = [f.relative_to(p).as_posix() for f in p.rglob('*') if f.is_file()]
     return [DataFile(str(p/f)) for f in choose_files(listed, source.files if source else '', config, split)]
 

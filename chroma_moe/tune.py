@@ -108,7 +108,7 @@ def tokenise_pairs(
     return Pairs(queries, prompt, docs, labels, tokenizer.encode(list(known), DOCUMENT, max_length), asked,
                  classes([ids.get(j) for j in range(len(known))]), source, loss, prompts)
 
-# %% ../nbs/20_tune.ipynb #03cda8a0
+# %% ../nbs/20_tune.ipynb #7e82a18e
 def make_batch(
     p:Pairs,
     groups:list,  # (loss, rows) pairs
@@ -145,8 +145,8 @@ class PairBatches:
 
     def state(self) -> dict: return dict(step=self.step, orders=[o.state() for o in self.orders])
     def load(self, state:dict):
-        need(len(state['orders'])==len(self.orders), f"the saved place is in {len(state['orders'])} sources, and now there are {len(self.orders)}: give the same "
-             'data and tune.mix, or begin anew')
+        need(len(state['orders'])==len(self.orders), f"the saved place is in {len(state['orders'])} sources, and now there are {len(self.orders)}: "
+             'give the same data and tune.mix, or begin anew')
         self.step = state['step']
         for o,s in zip(self.orders, state['orders']): o.load(s)
 
@@ -266,7 +266,7 @@ def start_from_bag(
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
     model.pool.project.weight.copy_(torch.eye(m.dim))
 
-# %% ../nbs/20_tune.ipynb #79af21c7
+# %% ../nbs/20_tune.ipynb #19be9146
 def load_pairs(
     c:Config,
     tokenizer:ChromaTokenizer,
@@ -292,7 +292,7 @@ def load_pairs(
 
 @cli
 def chroma_tune(
-    pretrained:str,         # folder of a model, from phase 1
+    pretrained:str='runs/pretrain', # folder of a model, from phase 1
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, debug, full, t4 or classic
     set:list[str]=(),       # section.key=value

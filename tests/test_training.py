@@ -214,7 +214,7 @@ def test_kill_at_the_end(home, tmp_path):
 def test_tune(home, tmp_path):
     "Phase 2, killed twice."
     first,out,whole = home.whole(),tmp_path/'tuned',tmp_path/'whole'
-    start = lambda out, resume=False: home.start(out, 'data.size=100', name='chroma_tune', before=[first], resume=resume)
+    start = lambda out, resume=False: home.start(out, 'data.size=100', name='chroma_tune', before=['--pretrained',first], resume=resume)
     start(whole).end()
     for step in (5,11):
         p = start(out, out.exists()); assert wait_for(p, lambda: last_step(out)>=step); p.kill(); p.end(-signal.SIGKILL)
