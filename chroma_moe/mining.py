@@ -271,13 +271,13 @@ def score(self:WordSearch,
     for i,words in enumerate(_words(queries)): out[i] = self._inside(self._ids(words), at[i]) if at[i]>=0 else self._outside(self._ids(words), other[i])
     return out
 
-# %% ../nbs/19_mining.ipynb #1db951d3
+# %% ../nbs/19_mining.ipynb #32ab2f78
 def encode_corpus(
     corpus:Corpus,
     encoder:ChromaMoE,
     path,                 # file of vectors
     dim:int|None=None,    # keep the first so many numbers of a vector
-    block:int=4096,       # texts at a time
+    block:int=1024,       # texts at a time
     progress:bool=False,  # show a bar?
 ) -> np.ndarray: # (n, dim) float32, mapped
     "Encode a corpus into a file, or go on where a run before stopped."

@@ -6,7 +6,8 @@
 __all__ = ['TRAINING', 'SOURCES', 'GRADES', 'AMAZON', 'QUESTION', 'SAME', 'EVALUATION', 'MARK', 'as_is', 'Source', 'register',
            'letters', 'edgar_rows', 'sentence_rows', 'news_rows', 'multisource_rows', 'flat', 'convfinqa_rows', 'plain',
            'esci_product', 'esci_check', 'esci_keep', 'esci_rows', 'review_rows', 'product_rows', 'article_rows',
-           'marco_rows', 'answer_rows', 'triplet_rows', 'similar_rows', 'paraphrase_rows', 'evaluation_only']
+           'marco_rows', 'answer_rows', 'triplet_rows', 'similar_rows', 'scored_rows', 'paraphrase_rows',
+           'evaluation_only']
 
 # %% ../nbs/01b_registry.ipynb #a9866d1b
 import html, re
@@ -176,7 +177,7 @@ register(
     Source('amazon_products', AMAZON, 'text', 'shop', 'see its card', 'research only', 'pretraining: product pages',
         ('title','features','description'), ('parent_asin',), product_rows, 'raw/meta_categories/meta_{config}.jsonl', note='config is a category'))
 
-# %% ../nbs/01b_registry.ipynb #8ad84124
+# %% ../nbs/01b_registry.ipynb #69d771e1
 def article_rows(r):
     "Title, then text."
     yield dict(text=f"{r['title']}\n{r['text']}".strip())
@@ -196,6 +197,10 @@ def triplet_rows(r): yield dict(query=r['anchor'], positive=r['positive'], negat
 def similar_rows(r):
     "Two sentences that people found nearly equal (0.8 and more of 1)."
     yield dict(query=r['sentence1'], positive=r['sentence2']) if r['score']>=0.8 else 'sentences with a score under 0.8'
+
+def scored_rows(r):
+    "Two sentences and how alike people found them."
+    yield dict(query=r['sentence1'], positive=r['sentence2'], score=float(r['score']))
 
 def paraphrase_rows(r):
     "Neighbours of a set of questions that ask one thing."
@@ -218,6 +223,8 @@ register(
         ('anchor','positive','negative'), (), triplet_rows, 'triplet/{split}-*.parquet', instruction=SAME),
     Source('stsb', 'sentence-transformers/stsb', 'pair', 'general', 'see its card', 'yes', 'similar sentences', ('sentence1','sentence2','score'), (),
         similar_rows, 'data/{split}-*.parquet', instruction=SAME, note='scores are in [0, 1]; its test split is an MTEB task'),
+    Source('stsb_scores', 'sentence-transformers/stsb', 'pair', 'general', 'see its card', 'yes', 'all its sentences, scored: for tune.losses=[stsb_scores=cosent]',
+        ('sentence1','sentence2','score'), (), scored_rows, 'data/{split}-*.parquet', instruction=SAME, note='its test split is an MTEB task'),
     Source('quora', 'sentence-transformers/quora-duplicates', 'pair', 'general', 'see its card', 'yes', 'duplicate questions',
         ('anchor','positive','negative'), (), triplet_rows, '{config}/{split}-*.parquet', 'triplet', instruction=SAME,
         note='an MTEB task has questions of this set: use the leak guard'),
