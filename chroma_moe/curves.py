@@ -42,8 +42,8 @@ def smoothed(
         out.append(total/norm if norm and not math.isnan(v) else math.nan)
     return out
 
-# %% ../nbs/14c_curves.ipynb #a71f3ef9
-PANELS = ('loss','accuracy','lr','grad_norm','tokens_per_second','balance','entropy')
+# %% ../nbs/14c_curves.ipynb #479b15ea
+PANELS = ('loss','accuracy','ndcg','temperature','lr','grad_norm','tokens_per_second','balance','entropy')
 
 def _series(runs, phase):
     "{label: curves} of every phase of every run."

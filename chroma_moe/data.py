@@ -72,7 +72,7 @@ def guard_of(
     need(places, "there is nothing to guard: name the evaluation sets, each a file, a folder or a registered name, or 'world'")
     return LeakGuard({k: v for p in places for k,v in evaluation_texts(p, tuple(PARTS) if parts=='all' else (parts,)).items()})
 
-# %% ../nbs/04b_data.ipynb #d684aa86
+# %% ../nbs/04b_data.ipynb #932ff56b
 @cli
 class chroma_data:
     "List, look at, guard, tokenise, merge and verify data."
@@ -104,7 +104,7 @@ class chroma_data:
         need(kind in ('text','pair'), f"the kind is '{kind}': give text or pair")
         names,stream = (c.data.texts, texts) if kind=='text' else (c.data.pairs, pairs)
         d = c.data
-        rows = (r for r in stream(list(source) or list(names), d.size, d.seed, strategy=d.strategy, max_bad=d.max_bad)) # one epoch, then over
+        rows = (r for r in stream(list(source) or list(names), d.size, d.seed, strategy='proportional', max_bad=d.max_bad)) # every row, once
         for block in iter(lambda: list(itertools.islice(rows, 256)), []): guard.clean(block)
         print(guard.table())
         if report: Path(report).write_text(json.dumps(guard.report(), indent=1))

@@ -177,7 +177,7 @@ register(
     Source('amazon_products', AMAZON, 'text', 'shop', 'see its card', 'research only', 'pretraining: product pages',
         ('title','features','description'), ('parent_asin',), product_rows, 'raw/meta_categories/meta_{config}.jsonl', note='config is a category'))
 
-# %% ../nbs/01b_registry.ipynb #69d771e1
+# %% ../nbs/01b_registry.ipynb #3035739f
 def article_rows(r):
     "Title, then text."
     yield dict(text=f"{r['title']}\n{r['text']}".strip())
@@ -223,7 +223,7 @@ register(
         ('anchor','positive','negative'), (), triplet_rows, 'triplet/{split}-*.parquet', instruction=SAME),
     Source('stsb', 'sentence-transformers/stsb', 'pair', 'general', 'see its card', 'yes', 'similar sentences', ('sentence1','sentence2','score'), (),
         similar_rows, 'data/{split}-*.parquet', instruction=SAME, note='scores are in [0, 1]; its test split is an MTEB task'),
-    Source('stsb_scores', 'sentence-transformers/stsb', 'pair', 'general', 'see its card', 'yes', 'all its sentences, scored: for tune.losses=[stsb_scores=cosent]',
+    Source('stsb_scores', 'sentence-transformers/stsb', 'pair', 'general', 'see its card', 'yes', 'all of these, scored: tune.losses=[stsb_scores=cosent]',
         ('sentence1','sentence2','score'), (), scored_rows, 'data/{split}-*.parquet', instruction=SAME, note='its test split is an MTEB task'),
     Source('quora', 'sentence-transformers/quora-duplicates', 'pair', 'general', 'see its card', 'yes', 'duplicate questions',
         ('anchor','positive','negative'), (), triplet_rows, '{config}/{split}-*.parquet', 'triplet', instruction=SAME,

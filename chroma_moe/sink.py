@@ -31,7 +31,7 @@ def flat(
         elif isinstance(v, (int,float)) and not isinstance(v, bool): out[f'{name}{k}'] = v
     return out
 
-# %% ../nbs/14a_sink.ipynb #f234c89f
+# %% ../nbs/14a_sink.ipynb #bc553ebe
 def serve(
     lines:Iterable, # JSON: what `wandb.init` gets, then rows and pictures
     wandb,          # the library
@@ -45,8 +45,12 @@ def serve(
         if 'picture' in job: run.log({job['picture']: wandb.Image(job['path'])}); continue
         p = job.pop('phase')
         if p not in phases: run.define_metric(f'{p}/*', step_metric=f'{p}/step'); phases.add(p)
-        run.log({f'{p}/{k.replace(".", "/")}': v for k,v in job.items()})
+        run.log({f'{p}/{k.replace(".", "/")}': _histogram(v, wandb) if isinstance(v, list) else v for k,v in job.items()})
     run.finish()
+
+def _histogram(counts, wandb):
+    "Shares of the cosines from -1 to 1, as W&B draws them."
+    return wandb.Histogram(np_histogram=(counts, [2*i/len(counts)-1 for i in range(len(counts)+1)]))
 
 # %% ../nbs/14a_sink.ipynb #b80ae783
 def _lines_with_an_end():
@@ -64,7 +68,7 @@ def _serve_stdin():
     except BaseException as e: os.write(words, f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'.encode())
     os._exit(0)                                                                       # its exit hooks would wait for the network again
 
-# %% ../nbs/14a_sink.ipynb #c119d94f
+# %% ../nbs/14a_sink.ipynb #ee81063f
 class WandbSink:
     "A W&B run in another process."
     def __init__(self,
@@ -96,7 +100,7 @@ class WandbSink:
 
     def log(self, row:dict): # of the metrics
         "Send the numbers of a row."
-        self._send(dict(phase=row.get('phase', 'run')) | flat(row))
+        self._send(dict(phase=row.get('phase', 'run')) | flat(row) | {k: v for k,v in row.items() if k.endswith('_cosines')})
 
     def picture(self, name:str, path):
         "Send a picture."

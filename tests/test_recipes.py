@@ -1,8 +1,9 @@
 "The recipes as they are shipped: files that load, commands that parse, and a README whose arithmetic is what the code computes."
 import importlib.util, re, shlex
 from pathlib import Path
+from typing import NamedTuple
 
-import pytest
+import pytest, torch
 
 from chroma_moe.config import count_params, flops_per_token, load_config, memory_bytes
 
@@ -54,6 +55,47 @@ def test_arithmetic(arithmetic):
     cut = arithmetic.figures('eight_gpus', True)['memory']
     print(f"full on 8 H100: {arithmetic.told(f['hours'])}, {f['memory']/1e9:.0f} GB each; sharded {cut/1e9:.0f} GB")
 
+def test_phase_2(arithmetic):
+    "Its time is shared by the GPUs; the second forward pass costs a third at most, and nothing where a step is one chunk."
+    few,many,laptop = (arithmetic.figures(n) for n in ('eight_gpus','sixty_four_gpus','laptop'))
+    m = load_config(HOME/'eight_gpus.yaml').model
+    assert few['pairs']==many['pairs']==16384 and laptop['chunks']==laptop['passes']==1
+    for f in (few, many):
+        share = 16384*252/f['devices']; assert (f['chunks']-1)*32768 < share <= f['chunks']*32768
+        assert f['passes']==pytest.approx((4*f['chunks']-1)/(3*f['chunks'])) and 1 < f['passes'] < 4/3
+        assert f['tune_hours']==pytest.approx(f['passes']*f['tune_tokens']*flops_per_token(m, 120, training=True)/(f['devices']*990e12*0.25)/3600)
+        assert f['tune_memory']==f['state']+f['half']+f['tune_kept']+f['contrast'] < 0.9*80e9
+    print(f"16,384 pairs a step, 8 H100: {few['chunks']} chunks, {arithmetic.told(few['tune_hours'])}, {few['tune_memory']/1e9:.0f} GB each")
+
+class Slice(NamedTuple):
+    start:int
+    stop:int
+
+class Part(NamedTuple):
+    batch:object
+    terms:int
+    tokens:int
+
+@pytest.mark.parametrize('pairs,negatives', [(512,1), (1024,0), (512,3)])
+def test_memory_of_the_loss(arithmetic, pairs, negatives):
+    "A step of GradCache without a model allocates what the script says."
+    from chroma_moe.gradcache import Batch, GradCache, Rows
+    from chroma_moe.losses import Contrast, Group
+    from chroma_moe.parallel import Ranks
+    c = load_config(profile='debug', sets=[f'tune.batch_pairs={pairs}', f'tune.negatives={negatives}', 'model.pooling.out_dim=512'])
+    documents,one = pairs*(1+negatives),torch.nn.Parameter(torch.ones(1))
+    e = torch.nn.functional.normalize(torch.randn(pairs+documents, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
+    row = torch.arange(pairs).repeat_interleave(1+negatives)
+    rows = Rows('infonce', torch.arange(pairs), torch.arange(documents)+pairs, Group(row, torch.ones(documents), torch.arange(pairs), torch.arange(documents)))
+    batch = Batch([Slice(0, pairs), Slice(pairs, pairs+documents)], [rows])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        GradCache(Contrast())([Part(batch, pairs, 0)], lambda s: (e[s.start:s.stop]*one, None), Ranks())
+    now = peak = 0
+    for _,n in sorted((x.start_ns(), x.nbytes()) for x in seen.profiler.kineto_results.events() if x.name()=='[memory]'): now += n; peak = max(peak, now)
+    said = arithmetic.contrast(c.model, c.tune)
+    assert peak==pytest.approx(said, rel=0.05), (peak, said)
+    print(f'{pairs} pairs, {negatives} negatives each: {peak/1e6:.1f} MB, counted {said/1e6:.1f}')
+
 def test_commands():
     "Every command in the README is one that its parser takes, with files that exist."
     from accelerate.commands.launch import launch_command_parser
@@ -66,7 +108,8 @@ def test_commands():
         name,*words = shlex.split(line)
         if name=='accelerate':
             args = launch_command_parser().parse_args(words[1:]); assert args.module and (HOME.parent/args.config_file).is_file()
-            name,words = {'chroma_moe.pretrain': 'chroma_pretrain'}[args.training_script],args.training_script_args
+            name,words = {'chroma_moe.pretrain': 'chroma_pretrain', 'chroma_moe.tune': 'chroma_tune'}[args.training_script],args.training_script_args
+            assert name=='chroma_pretrain' or 'fsdp' not in line                                 # phase 2 takes no sharded weights
         args = vars(ours[name].parser().parse_args(words)); n += 1
         assert (HOME.parent/args['config']).is_file()
         c = load_config(HOME.parent/args['config'])

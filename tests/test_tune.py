@@ -1,8 +1,10 @@
 "Phase 2 as whole commands and on several processes: the gradient of one, two and four must be that of one batch in one piece."
 import json, re, signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chroma_moe.checkpoints import Checkpoints
@@ -12,10 +14,10 @@ from chroma_moe.gradcache import GradCache
 from chroma_moe.losses import Contrast
 from chroma_moe.model import ChromaModel
 from chroma_moe.moe import routing_loss
-from chroma_moe.parallel import Ranks
+from chroma_moe.packing import pack
+from chroma_moe.parallel import Ranks, sum_gradients
 from chroma_moe.tokenizer import ChromaTokenizer
-from chroma_moe.training import Part
-from chroma_moe.tune import PairBatches, tokenise_pairs
+from chroma_moe.tune import PairBatches, load_pairs, tokenise_pairs
 from chroma_moe.world import World
 
 from test_training import EXACT, Home, assert_same, furthest, last_step, rows, saved, text_of, wait_for, weights
@@ -42,7 +44,8 @@ CASES = dict(
 def case(sets, folder):
     "A configuration, its model and pairs; sources, grades and lengths are uneven, and queries ask the same."
     c = load_config(profile='tiny', sets=[*MODEL, 'tune.batch_pairs=10', 'tune.negatives=2', *sets])
-    data = [r|dict(source='rare' if i%5==4 else 'often', query_id=r['query_id'] if i%3 else 'the same', score=.1*(i%11), scores=[1.,.5,.2][:1+len(r['negatives'])],
+    data = [r|dict(source='rare' if i%5==4 else 'often', query_id=r['query_id'] if i%3 else 'the same', score=.1*(i%11),
+                   scores=[1.,.5,.2][:1+len(r['negatives'])],
                    positive=r['positive'] if i%7 else 'one text for many') for i,r in enumerate(World().pairs('40'))]
     p = tokenise_pairs(data, ChromaTokenizer.load(f'{folder}/tokenizer'), 64, c.tune.negatives, 32, c.tune.losses)
     model = ChromaModel(c.model).double().train()
@@ -54,7 +57,6 @@ def case(sets, folder):
 
 def cached(name, folder, ranks):
     "Gradients of a step, summed over processes."
-    from chroma_moe.parallel import sum_gradients
     c,p,model,loss = case(CASES[name], folder)
     parts = next(PairBatches(p, c, ranks))
     got = GradCache(loss, c.tune.retain)(parts, model.embed, ranks, c.model.moe)
@@ -62,7 +64,8 @@ def cached(name, folder, ranks):
     sum_gradients(ranks, [x for _,x in named])
     out = {k: x.grad for k,x in named if x.grad is not None}
     value,balance = ranks.total(float(got['loss']), float(got['balance']))
-    return out|{'the loss': torch.tensor([value/got['terms'], balance], dtype=torch.float64)}, [parts[0].terms, len(parts[0].batch.chunks), *(len(r.query) for r in parts[0].batch.rows)]
+    shape = [parts[0].terms, len(parts[0].batch.chunks), *(len(r.query) for r in parts[0].batch.rows)]
+    return out|{'the loss': torch.tensor([value/got['terms'], balance], dtype=torch.float64)}, shape
 
 ON_RANKS = '''
 sys.path[:0] = [{tests!r}]
@@ -89,7 +92,6 @@ def one_shot(name, folder):
 
 def test_ranks_equal_one_shot(home):
     "1, 2 and 4 processes with unequal shares, in float64."
-    from pathlib import Path
     tests = str(Path(__file__).parent)
     for n in (1,2,4):
         out = home.folder/f'grads{n}'
@@ -98,7 +100,6 @@ def test_ranks_equal_one_shot(home):
             want,value = one_shot(name, home.folder); got = load_file(f'{out}.{name}'); said = got.pop('the loss')
             assert got.keys()==want.keys() and abs(said[0].item()-value)<1e-10
             off = max((got[k]-want[k]).abs().max().item() for k in want); assert off<1e-10, (n, name, off)
-            from safetensors import safe_open
             shapes = json.loads(safe_open(f'{out}.{name}', 'pt').metadata()['shapes'])
             print(f'{n} processes, {name}: pairs {[s[0] for s in shapes]}, chunks {[s[1] for s in shapes]}: gradients within {off:.0e}')
             assert n==1 or name!='mixed' or any(0 in s[2:] for s in shapes) or n==2       # somebody has nothing of the rare source
@@ -145,7 +146,6 @@ def test_words_before_a_query(home, whole):
     m = ChromaMoE.from_pretrained(whole)
     assert m.prompts=={'query': 'Instruction: find what answers Query: ', 'world': 'Instruction: find what answers Query: '}
     p = tokenise_pairs([dict(query='cheap kicks', positive='sneakers', instruction='find what answers')], m.tokenizer, 64)
-    from chroma_moe.packing import pack
     with torch.no_grad(): e = m.model.embed(pack(p.queries, p.prompt))[0][0]
     off = abs(e.numpy()-m.encode_query('cheap kicks')).max(); assert off<1e-6
     assert abs(m.encode_query('cheap kicks')-m.encode_query('cheap kicks', prompt='')).max()>1e-3
@@ -176,15 +176,16 @@ def test_signal(home, tmp_path, whole):
     out = tmp_path/'run'; p = tuned(home, out, 'train.micro_tokens=100', 'tune.retain=0.5', 'tune.mix=source', 'tune.batches=2')
     assert wait_for(p, lambda: last_step(out)>=4); p.kill(signal.SIGTERM); assert 'stopped by SIGTERM' in p.end(143)
     again = tmp_path/'again'
-    for o,resume in ((out,True), (again,False)): tuned(home, o, 'train.micro_tokens=100', 'tune.retain=0.5', 'tune.mix=source', 'tune.batches=2', resume=resume).end()
+    for o,resume in ((out,True), (again,False)):
+        tuned(home, o, 'train.micro_tokens=100', 'tune.retain=0.5', 'tune.mix=source', 'tune.batches=2', resume=resume).end()
     assert_same(out, again, log=False)
     print('stopped by SIGTERM and resumed: the same bits as never stopped')
 
 def test_own_data(home, tmp_path):
     "A file without a valid split: every hundredth pair is held out, with all that ask the same."
     f = tmp_path/'mine.jsonl'
-    f.write_text('\n'.join(json.dumps(dict(query=f'question {i//2}', positive=f'answer {i}', negatives=[f'wrong {i}', f'answer {i}'], score=1-.5*(i%2))) for i in range(400)))
-    from chroma_moe.tune import load_pairs
+    f.write_text('\n'.join(json.dumps(dict(query=f'question {i//2}', positive=f'answer {i}', negatives=[f'wrong {i}', f'answer {i}'], score=1-.5*(i%2)))
+                           for i in range(400)))
     c = load_config(profile='tiny', sets=[f'data.pairs=[{f}]','tune.losses=[cosent]','tune.negatives=3'])
     p,held = load_pairs(c, ChromaTokenizer.load(home.folder/'tokenizer'))
     assert len(held.queries)==8 and len(p.queries)==392                                     # four questions, each with both of its rows
