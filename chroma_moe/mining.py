@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'REASONS', 'RETRIEVERS', 'text_keys', 'Corpus', 'query_keys'
            'encode_corpus', 'top_k', 'build_faiss', 'faiss_search', 'VectorSearch', 'positive_aware', 'Rules', 'choose',
            'Miner', 'prepare', 'mining_report', 'mining_table', 'mine', 'mine_pairs', 'chroma_mine']
 
-# %% ../nbs/19_mining.ipynb #88f229a1
+# %% ../nbs/19_mining.ipynb #813193c5
 import hashlib, itertools, json, math, os, shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ from .rows import shown
 from .leaks import text_hashes, word_hashes
 from .mixing import pairs, texts
 from .store import parallel_map
-from .encoder import ChromaMoE
+from .encoder import ASK, ChromaMoE
 
 # %% ../nbs/19_mining.ipynb #dff6fb86
 def _number(raw): return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'little')
@@ -363,11 +363,7 @@ def faiss_search(
         out.ids[t:t+tile,:ids.shape[1]],out.scores[t:t+tile,:ids.shape[1]] = (np.take_along_axis(x, order, 1) for x in (ids, scores))
     return out
 
-# %% ../nbs/19_mining.ipynb #ef3c8789
-def _asked(row, instruct):
-    "A question as the model is asked it."
-    return f"Instruction: {row['instruction']} Query: {row['query']}" if instruct and row['instruction'] else row['query']
-
+# %% ../nbs/19_mining.ipynb #69008336
 class VectorSearch:
     "Ranking by the cosine of a model's vectors, which lie on disk."
     name = 'dense'
@@ -382,13 +378,21 @@ class VectorSearch:
         self.vectors,self.encoder,self.dim,self.probes,self.instruct = vectors,encoder,dim,probes,instruct
         self.index = _faiss().read_index(str(index)) if index else None
 
-    def queries(self, rows): return [_asked(r, self.instruct) for r in rows]
+    def queries(self, rows): return [(ASK.format(r['instruction']) if self.instruct and r['instruction'] else None, r['query']) for r in rows]
+    def asked(self, queries:list) -> np.ndarray: # strings, or (prompt, string) pairs -> (n, dim)
+        "Vectors of questions, each behind its prompt."
+        pairs = [(None, q) if isinstance(q, str) else q for q in queries]
+        prompts = {p: [i for i,(other,_) in enumerate(pairs) if other==p] for p in {p for p,_ in pairs}}
+        parts = {p: self.encoder.encode_query([pairs[i][1] for i in at], prompt=p, truncate_dim=self.dim) for p,at in prompts.items()}
+        out = np.empty((len(pairs), self.vectors.shape[1]), np.float32)
+        for p,at in prompts.items(): out[at] = parts[p]
+        return out
     def find(self,
         queries:list, # of strings
         k:int,        # texts a question
     ) -> Found:
         "The nearest texts of each question."
-        q = self.encoder.encode_query(queries, truncate_dim=self.dim)
+        q = self.asked(queries)
         if self.index is not None: return faiss_search(self.index, self.vectors, q, k, self.probes)
         return top_k(q, self.vectors, k, device=self.encoder.device)
 
@@ -398,7 +402,7 @@ class VectorSearch:
         at,           # (n,) number of each text in the corpus, -1 for one from outside
     ) -> np.ndarray: # (n,)
         "Cosine of each question with its text."
-        q = self.encoder.encode_query(queries, truncate_dim=self.dim)
+        q = self.asked(queries)
         d = np.array(self.vectors[np.maximum(at, 0)])
         if (at<0).any(): d[at<0] = self.encoder.encode_document([t for t,i in zip(texts, at) if i<0], truncate_dim=self.dim)
         return (q*d).sum(1)
