@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ASK', 'MARKERS', 'encode_texts', 'ChromaMoE', 'nearest']
 
-# %% ../nbs/10_encoder.ipynb #3f039f22
+# %% ../nbs/10_encoder.ipynb #f5e8d0d5
 import json
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, need
-from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
+from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT, SPECIALS
 from .packing import pack, token_batches
 from .model import load_model, save_model
 
@@ -32,9 +32,40 @@ def encode_texts(
          'shorten it, or raise the length')
     return [head+ids[1:] for ids in tokenizer.encode(texts, marker, max_length-len(head)+1)], len(head)
 
-# %% ../nbs/10_encoder.ipynb #55809696
+# %% ../nbs/10_encoder.ipynb #9623733a
 MARKERS = dict(query=QUERY, document=DOCUMENT)
 
+_TEMPLATE = ("{% set head = messages[0].content if messages[0].role=='system' else '' %}"
+             "{% if not head.startswith(('<query>','<document>')) %}{{ '<query>' if task=='query' else '<document>' }}{% endif %}"
+             "{{ head }}{{ messages[-1].content }}<eos>")
+
+def _markers(prompts): # name -> marker, of all that `encode` knows
+    return MARKERS | {name: QUERY for name in prompts if name not in MARKERS}
+
+def _library_files(max_length, prompts):
+    "What sentence-transformers and transformers read beside the model, file by file."
+    reads = dict(method='forward', method_output_name='pooler_output')
+    return {
+        'modules.json': [dict(idx=0, name='0', path='', type='sentence_transformers.base.modules.transformer.Transformer')],
+        'sentence_bert_config.json': dict(transformer_task='feature-extraction', module_output_name='sentence_embedding',
+            modality_config=dict(text=reads, message=reads|dict(format='flat')), processing_kwargs=dict(chat_template=dict(restore_suffix=False))),
+        'config_sentence_transformers.json': dict(model_type='SentenceTransformer', similarity_fn_name='cosine',
+            default_prompt_name='document' if prompts.get('document') else None,
+            prompts={name: SPECIALS[marker]+prompts.get(name, '') for name,marker in _markers(prompts).items()}),
+        'tokenizer_config.json': dict(tokenizer_class='ChromaMoETokenizer', model_max_length=max_length, padding_side='right',
+            split_special_tokens=True, model_input_names=['input_ids','attention_mask'], chat_template=_TEMPLATE,
+            additional_special_tokens=list(SPECIALS[QUERY:]), **{f'{s[1:-1]}_token': s for s in SPECIALS[:QUERY]})}
+
+def _settings(folder):
+    "`max_length` and `prompts` of a saved model: ours, or what another library left in its place."
+    def read(name): return json.loads((folder/name).read_text(encoding='utf-8')) if (folder/name).is_file() else {}
+    if (folder/'encoder.json').is_file(): return read('encoder.json')
+    found = read('config_sentence_transformers.json').get('prompts', {})
+    heads = {name: SPECIALS[marker] for name,marker in _markers(found).items()}
+    prompts = {name: p[len(heads[name]):] for name,p in found.items() if p.startswith(heads[name]) and p!=heads[name]}
+    return dict(max_length=read('tokenizer_config.json').get('model_max_length', 512), prompts=prompts)
+
+# %% ../nbs/10_encoder.ipynb #f2223ea5
 class ChromaMoE:
     "A model with its tokenizer."
     def __init__(
@@ -55,14 +86,14 @@ class ChromaMoE:
         tokenizer = ChromaTokenizer.load(folder)
         need(len(tokenizer)<=model.m.vocab_size, f"'{folder}': the tokenizer has {len(tokenizer)} tokens and the model "
              f'{model.m.vocab_size}: they are of two models')
-        extra = folder/'encoder.json'
-        return cls(model, tokenizer, **(json.loads(extra.read_text()) if extra.is_file() else {}))
+        return cls(model, tokenizer, **_settings(folder))
 
     def save_pretrained(self, folder):
         "Write model, tokenizer and settings into `folder`."
         save_model(self.model, folder)
         self.tokenizer.save(folder)
-        (Path(folder)/'encoder.json').write_text(json.dumps(dict(max_length=self.max_length, prompts=self.prompts))+'\n')
+        files = _library_files(self.max_length, self.prompts) | {'encoder.json': dict(max_length=self.max_length, prompts=self.prompts)}
+        for name,content in files.items(): (Path(folder)/name).write_text(json.dumps(content, indent=2)+'\n', encoding='utf-8')
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -80,7 +111,7 @@ def _encode_ids(model, ids, prompt, batch_tokens, device, progress):
         out[rows] = e
     return out
 
-# %% ../nbs/10_encoder.ipynb #dbc281dd
+# %% ../nbs/10_encoder.ipynb #f254123a
 @patch
 def encode(
     self:ChromaMoE,
@@ -93,7 +124,7 @@ def encode(
     truncate_dim:int|None=None, # keep the first so many numbers, then normalise again
 ): # (n, out), or (out,) for a single string
     "Unit vectors of texts."
-    names = MARKERS | {k: QUERY for k in self.prompts if k not in MARKERS}
+    names = _markers(self.prompts)
     need(prompt_name in names, f"prompt_name is '{prompt_name}': give one of {', '.join(names)}")
     single = isinstance(sentences, str)
     texts = [sentences] if single else list(sentences)
