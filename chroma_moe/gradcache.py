@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Rows', 'Batch', 'cut', 'gather_rows', 'GradCache']
 
-# %% ../nbs/18_gradcache.ipynb #97bc5bde
+# %% ../nbs/18_gradcache.ipynb #b2613045
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def gather_rows(
     text,row,key,known = docs.unbind(1)
     return Rows(r.loss, queries[:,0], text, Group(row, label, queries[:,1].contiguous(), key.contiguous(), known.contiguous())), slice(first, first+n)
 
-# %% ../nbs/18_gradcache.ipynb #b5a9ccde
+# %% ../nbs/18_gradcache.ipynb #88ae6783
 class GradCache:
     "Makes the gradient of a contrastive step."
     def __init__(self,
@@ -84,23 +85,24 @@ class GradCache:
         *seeds,after = torch.randint(1<<62, (n+1,)).tolist()
         def run(i):
             torch.manual_seed(seeds[i])
-            with ranks.autocast(): return embed(batch.chunks[i])
+            with ranks.autocast(): return embed(replace(batch.chunks[i]))              # a copy, so that what is derived from it goes with it
 
-        kept,vectors,stats = {},[],[]
+        kept,own,stats,sizes = {},None,None,[len(c) for c in batch.chunks]
         for i in range(n):
             keep = i>=n-max(1, round(self.retain*n))
             with torch.set_grad_enabled(keep): e,s = run(i)
             if keep: kept[i] = e,s
-            vectors.append(e.detach()); stats.append(s and RoutingStats(*(f.detach() for f in s)))
-        stats = add_stats(stats) if stats[0] else None
+            if own is None: own = e.new_empty(sum(sizes), e.shape[1])
+            own.split(sizes)[i].copy_(e.detach())
+            stats = s and add_stats([stats, s] if stats else [s])
+            del e,s
         whole = whole_stats(ranks, stats)
 
-        own = torch.cat(vectors)
         every,first = ranks.gather(own)
         value,figures = self.value(every.requires_grad_(), batch.rows, ranks, first)
         scale(value/terms).backward()
         ranks.add([every.grad])
-        grads = every.grad[first:first+len(own)].split([len(e) for e in vectors])
+        grads = every.grad[first:first+len(own)].split(sizes)
         for i in reversed(range(n)):                                                   # those with a graph first: they hold memory
             before(i==0)
             e,s = kept.pop(i, None) or run(i)

@@ -91,7 +91,8 @@ def test_same_seed_same_model(demo, tmp_path):
 
 def test_readme_example(demo):
     "The Python lines of the README run on the demo's model."
-    block = next(b for b in re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), flags=re.S) if 'from_pretrained' in b)
+    block = '\n'.join(b for b in re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(), flags=re.S) if 'runs/demo/model' in b)
+    assert 'from_pretrained' in block and 'SentenceTransformer(' in block
     r = subprocess.run([sys.executable, '-c', block], cwd=demo[0], capture_output=True, text=True, env=os.environ|dict(PYTHONPATH=str(ROOT)))
     assert r.returncode==0 and r.stdout.count('score')==2, r.stderr
     print(len(block.splitlines()), 'lines of the README')
