@@ -40,8 +40,8 @@ test-notebooks: $(STAMP)
 	@$(BIN)/nbdev_test --n_workers 2 --do_print
 
 test-python: $(STAMP)
-	@echo "Running tests/: pytest $(ARGS)"
-	@$(BIN)/python -m pytest $(ARGS)
+	@echo "Running tests/ in two processes: pytest -n 2 --dist loadfile $(ARGS)"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-long: $(STAMP)  ## run the slow cells and tests too, and the GPU ones where there is a GPU
 	@echo "Running every notebook with its slow cells, then pytest --long"

@@ -1,5 +1,6 @@
 "The recipes as they are shipped: files that load, commands that parse, and a README whose arithmetic is what the code computes."
 import importlib.util, re, shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,9 +68,11 @@ def test_phase_2(arithmetic):
         assert f['tune_memory']==f['state']+f['half']+f['tune_kept']+f['contrast'] < 0.9*80e9
     print(f"16,384 pairs a step, 8 H100: {few['chunks']} chunks, {arithmetic.told(few['tune_hours'])}, {few['tune_memory']/1e9:.0f} GB each")
 
-class Slice(NamedTuple):
+@dataclass(frozen=True)
+class Slice:
     start:int
     stop:int
+    def __len__(self): return self.stop-self.start
 
 class Part(NamedTuple):
     batch:object
@@ -93,7 +96,7 @@ def test_memory_of_the_loss(arithmetic, pairs, negatives):
     now = peak = 0
     for _,n in sorted((x.start_ns(), x.nbytes()) for x in seen.profiler.kineto_results.events() if x.name()=='[memory]'): now += n; peak = max(peak, now)
     said = arithmetic.contrast(c.model, c.tune)
-    assert peak==pytest.approx(said, rel=0.05), (peak, said)
+    assert 0.9*said < peak < 1.02*said, (peak, said)
     print(f'{pairs} pairs, {negatives} negatives each: {peak/1e6:.1f} MB, counted {said/1e6:.1f}')
 
 def test_commands():

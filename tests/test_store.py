@@ -102,6 +102,7 @@ def test_old_store_stays_until_the_new_one_is_whole(home, tmp_path):
     out = tmp_path/'store'; shutil.copytree(home/'store', out); before = contents(out)
     p = subprocess.Popen(command(*build_args(home, out, '6k', '--overwrite')), env=ENV, stdout=subprocess.DEVNULL)
     wait_for(lambda: (unfinished(out) or 0)>=3 or p.poll() is not None)
+    p.send_signal(signal.SIGSTOP)                                                     # it shall not end while the other one looks
     busy = run(*build_args(home, out, '6k', '--overwrite'))
     assert busy.returncode and 'another process is building' in busy.stderr and 'Traceback' not in busy.stderr, busy.stderr
     p.send_signal(signal.SIGKILL); p.wait()
