@@ -31,7 +31,7 @@ ASKED = {'world/finance': 'Given a question about a company, find the filing or 
 VARIANTS = dict(                       # sets that differ from the base
     base=[], none=['tune.negatives=0'],
     batch_16=['tune.batch_pairs=16', 'steps*4'], batch_256=['tune.batch_pairs=256', 'steps/4'],
-    cache_256=['tune.batch_pairs=256', 'train.micro_tokens=8192'],
+    cache_256=['tune.batch_pairs=256', 'train.micro_tokens=8192', 'steps/2'],
     instructions=[f'tune.instructions={[f"{s}={t}" for s,t in ASKED.items()]}'], matryoshka=['tune.matryoshka=[16,32,64]'],
     symmetric=['tune.symmetric=true'], source=['tune.mix=source'])
 
@@ -94,7 +94,7 @@ def main():
         pretrain(c, tokenizer.encode(words, max_length=256), progress=False, model=first)
         for name in wanted:
             if name=='bag': continue
-            more = VARIANTS.get(name, []); steps = a.steps*4 if 'steps*4' in more else a.steps//4 if 'steps/4' in more else a.steps
+            more = VARIANTS.get(name, []); steps = next((n for mark,n in (('steps*4', a.steps*4), ('steps/2', a.steps//2), ('steps/4', a.steps//4)) if mark in more), a.steps)
             c = config(*(m for m in more if not m.startswith('steps')), steps=steps)
             model = ChromaModel(c.model, seed) if name=='random' else copy.deepcopy(first)
             if name=='stages': stages(model, c, config, rows, tokenizer, ready, tests, seed, keep); continue
