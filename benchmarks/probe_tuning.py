@@ -94,7 +94,8 @@ def main():
         pretrain(c, tokenizer.encode(words, max_length=256), progress=False, model=first)
         for name in wanted:
             if name=='bag': continue
-            more = VARIANTS.get(name, []); steps = next((n for mark,n in (('steps*4', a.steps*4), ('steps/2', a.steps//2), ('steps/4', a.steps//4)) if mark in more), a.steps)
+            more = VARIANTS.get(name, [])
+            steps = next((n for mark,n in (('steps*4', a.steps*4), ('steps/2', a.steps//2), ('steps/4', a.steps//4)) if mark in more), a.steps)
             c = config(*(m for m in more if not m.startswith('steps')), steps=steps)
             model = ChromaModel(c.model, seed) if name=='random' else copy.deepcopy(first)
             if name=='stages': stages(model, c, config, rows, tokenizer, ready, tests, seed, keep); continue
