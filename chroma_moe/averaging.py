@@ -24,7 +24,7 @@ def average(
         need(not odd, f"model {i+1} does not fit the first: '{odd[0] if odd else ''}' is of another shape, or only in one; average models of one shape")
     return {k: (sum(s[k].double() for s in states)/len(states)).to(v.dtype) for k,v in states[0].items()}
 
-# %% ../nbs/20a_averaging.ipynb #bfb29898
+# %% ../nbs/20a_averaging.ipynb #61cb39f9
 def last_checkpoints(
     run,      # folder of a run
     n:int,    # how many
@@ -52,7 +52,7 @@ def average_models(
 
 @cli
 def chroma_average(
-    out:str,                # folder for the new model
+    out:str='runs/averaged',# folder for the new model
     model:list[str]=(),     # folder of a model; give several, trained from one start
     run:str|None=None,      # or the folder of a run, whose last checkpoints are meant
     last:int=5,             # so many of them

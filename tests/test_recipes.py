@@ -106,7 +106,9 @@ def test_commands():
     from chroma_moe.data import chroma_data
     from chroma_moe.tokenizer import chroma_tokenizer
     from chroma_moe.tune import chroma_tune
-    ours = {f.__name__: f for f in (chroma_pretrain, chroma_data, chroma_tokenizer, chroma_tune)}; n = 0
+    from chroma_moe.averaging import chroma_average
+    from chroma_moe.mining import chroma_mine
+    ours = {f.__name__: f for f in (chroma_pretrain, chroma_data, chroma_tokenizer, chroma_tune, chroma_mine, chroma_average)}; n = 0
     for line in (line for block in re.findall(r'```sh\n(.*?)```', TEXT, re.S) for line in block.splitlines()):
         name,*words = shlex.split(line)
         if name=='accelerate':
@@ -114,7 +116,8 @@ def test_commands():
             name,words = {'chroma_moe.pretrain': 'chroma_pretrain', 'chroma_moe.tune': 'chroma_tune'}[args.training_script],args.training_script_args
             assert name=='chroma_pretrain' or 'fsdp' not in line                                 # phase 2 takes no sharded weights
         args = vars(ours[name].parser().parse_args(words)); n += 1
+        if not args.get('config'): continue                                                      # mining and averaging need none
         assert (HOME.parent/args['config']).is_file()
-        c = load_config(HOME.parent/args['config'])
+        c = load_config(HOME.parent/args['config'], sets=args['set'])
         if name=='chroma_data': assert args['out']==c.data.store
     print(f'{n} commands parse')
