@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['unpad', 'ChromaMoEModel', 'split_head', 'split_chat', 'ChromaMoETokenizer']
 
-# %% ../nbs/10a_hf.ipynb #62df7b6e
+# %% ../nbs/10a_hf.ipynb #207ef04a
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from .config import ChromaError, ModelConfig, build, need
 from .encoder import MARKERS, encode_texts
-from .model import FORMAT, ChromaModel
+from .model import FORMAT, ChromaModel, read_weights
 from .packing import Packed
 from .tokenizer import SPECIALS, ChromaTokenizer
 
@@ -70,7 +70,7 @@ def unpad(
     row = place[row]
     return Packed(input_ids[row,column], tuple(lengths[order].tolist()), place, tuple(prompt.tolist())), row, column
 
-# %% ../nbs/10a_hf.ipynb #a2a39526
+# %% ../nbs/10a_hf.ipynb #f60b7bdf
 class ChromaMoEModel(PreTrainedModel):
     "A `ChromaModel`, as transformers runs it."
     config_class,main_input_name = ChromaMoEConfig,'input_ids'
@@ -89,6 +89,9 @@ class ChromaMoEModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
         "Load, refusing weights that do not fit."
+        if folder is not None and Path(folder, 'model.safetensors').is_file():        # int8 is something that only we can read
+            kwargs['config'] = kwargs.get('config') or ChromaMoEConfig.from_pretrained(folder)
+            if kwargs['config'].format==2: kwargs['state_dict'],folder = read_weights(folder),None
         model,info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         odd = sorted(map(str, [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]))
         need(not odd, f"'{folder}': {len(odd)} tensors do not fit config.json, such as {odd[:1]}: weights and config are of two models, copy both from one")

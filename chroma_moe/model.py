@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'make_norm', 'Block', 'writes_stream', 'init_weights', 'ChromaModel', 'save_model', 'read_model_config',
-           'load_model']
+           'read_weights', 'load_model']
 
-# %% ../nbs/09_model.ipynb #d1643708
+# %% ../nbs/09_model.ipynb #d210cda9
 import json, os
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from .packing import Packed
 from .attention import Cache, RMSNorm, make_attention, prepare, rope_frequencies, rope_table
 from .moe import feed_forward, stack_stats
 from .pooling import LatentPooling
+from .precision import restore_weights, shrink_weights
 
 # %% ../nbs/09_model.ipynb #5f33bc7a
 def make_norm(m:ModelConfig) -> nn.Module:
@@ -157,18 +158,20 @@ def step(
     for block,cache in zip(self.blocks, caches): h = block.step(h, cache, turn)
     return h
 
-# %% ../nbs/09_model.ipynb #12af480f
-FORMAT = 1 # of the folder; raised when an older version could misread a newer folder
+# %% ../nbs/09_model.ipynb #d53ce4c4
+FORMAT = 2 # of the folder, at most; a folder is given the lowest number that can say what it holds, and 2 is needed for int8 weights
 
 def save_model(
     model:ChromaModel,
     folder,      # made if missing
+    kind:str='float32', # of the weights: float32 (or whatever they are), bfloat16 or int8
 ):
     "Write `config.json` and `model.safetensors`."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     weights,config = folder/'model.safetensors.new', folder/'config.json.new'
-    save_file({k: v.contiguous() for k,v in model.state_dict().items()}, weights)
-    config.write_text(json.dumps(dict(model_type='chroma_moe', format=FORMAT, version=__version__, model=asdict(model.m)), indent=2)+'\n')
+    save_file({k: v.contiguous() for k,v in shrink_weights(model.state_dict(), kind).items()}, weights)
+    config.write_text(json.dumps(dict(model_type='chroma_moe', format=2 if kind=='int8' else 1, version=__version__, model=asdict(model.m)),
+                                 indent=2)+'\n')
     for p in (weights, config): os.replace(p, p.with_suffix(''))
 
 # %% ../nbs/09_model.ipynb #71064efd
@@ -190,15 +193,22 @@ def read_model_config(
     try: return build(ModelConfig, c.get('model'), 'model')
     except ConfigError as e: raise ConfigError(f"'{p}': {e} ({by})") from None
 
-# %% ../nbs/09_model.ipynb #171c8d16
+# %% ../nbs/09_model.ipynb #cf9c428b
+def read_weights(
+    folder,      # written by `save_model`
+) -> dict[str,Tensor]: # as `state_dict` gives them; bf16 and int8 have become float32
+    "The weights of a saved model."
+    p = _read(folder, 'model.safetensors')
+    try: return restore_weights(load_file(p))
+    except (SafetensorError, OSError, RuntimeError) as e: raise ChromaError(f"'{p}' cannot be read ({e}): the file is cut short or damaged, copy it again") from None
+
 def load_model(
     folder,      # written by `save_model`
 ) -> ChromaModel:
     "Read a model, refusing what does not fit together."
-    m,p = read_model_config(folder), _read(folder, 'model.safetensors')
+    m,p = read_model_config(folder), Path(folder)/'model.safetensors'
     with torch.device('meta'): model = ChromaModel(m)
-    try: weights = load_file(p)
-    except (SafetensorError, OSError) as e: raise ChromaError(f"'{p}' cannot be read ({e}): the file is cut short or damaged, copy it again") from None
+    weights = read_weights(folder)
     wanted = {k: tuple(v.shape) for k,v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k,v in weights.items()}
     odd = sorted(k for k in wanted.keys()|found.keys() if wanted.get(k)!=found.get(k))

@@ -7,7 +7,7 @@ __all__ = ['SPECIALS', 'PAD', 'MASK', 'BOS', 'EOS', 'QUERY', 'DOCUMENT', 'HOSTIL
            'as_read', 'adopt', 'tiktoken_encoding', 'bpe_of_ranks', 'general_texts', 'fertility', 'Check', 'verify',
            'chroma_tokenizer']
 
-# %% ../nbs/03_tokenizer.ipynb #0130216b
+# %% ../nbs/03_tokenizer.ipynb #6f10a193
 import base64, hashlib, json, os, re, sys, sysconfig, tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 from unittest import mock
+import numpy as np
 from fastcore.basics import patch
 from tokenizers import Tokenizer, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -53,7 +54,7 @@ def add_terms(
     model['ignore_merges'] = True
     return Tokenizer.from_str(json.dumps(state))
 
-# %% ../nbs/03_tokenizer.ipynb #bea3fa28
+# %% ../nbs/03_tokenizer.ipynb #ac1a451d
 def train_bpe(
     texts:Iterable[str],  # any stream
     vocab_size:int=65536, # tokens, special ones and terms included
@@ -73,6 +74,8 @@ def train_bpe(
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2))
     return add_terms(tok, terms, vocab_size, lowercase) if terms else tok
 
+_PAIR = '[\ud800-\udbff][\udc00-\udfff]|.' # two halves of one character, or one character
+
 def _writable(text):
     "`text`, with lone surrogates replaced."
     need(isinstance(text,str), f'{text!r} is of type {type(text).__name__}: give a string')
@@ -80,7 +83,7 @@ def _writable(text):
     try: text.encode(); return text
     except UnicodeEncodeError: return text.encode('utf-16','surrogatepass').decode('utf-16','replace')
 
-# %% ../nbs/03_tokenizer.ipynb #2bbb080e
+# %% ../nbs/03_tokenizer.ipynb #1ea37dec
 class ChromaTokenizer:
     "A tokenizer with our special tokens as its ids 0 to 5."
     def __init__(self, tok:Tokenizer):
@@ -143,6 +146,15 @@ class ChromaTokenizer:
                 yield found
 
     def _own(self, ids): return [i for i in ids if i>=len(SPECIALS)] if self._leaks else ids
+
+    def starts(
+        self,
+        texts:list[str],
+    ) -> list[np.ndarray]: # (tokens,) of each text
+        "The character at which each token of each text begins."
+        found = self.tok.encode_batch([_writable(t) for t in texts], add_special_tokens=False)
+        places = [np.array([m.start() for m in re.finditer(_PAIR, t, re.S)]) if len(_writable(t))<len(t) else np.arange(len(t)+1) for t in texts]
+        return [at[np.array([a for a,_ in e.offsets], dtype=np.int64)] for at,e in zip(places, found)]
 
 # %% ../nbs/03_tokenizer.ipynb #b6bb72d9
 HOSTILE = ('', ' ', '\x00', 'a\x00b', '  two  spaces ', '\t\n\r\n mixed \r\n\u2028ends', 'naïve café e\u0301 J\u030c \u1e9b\u0323', '10² ½ ﬁ ™ Å ß İ Σς',

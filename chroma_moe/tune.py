@@ -20,7 +20,8 @@ from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .packing import Packed
 from .pooling import segment_mean
 from .model import ChromaModel
-from .encoder import ASK, ChromaMoE, encode_texts, nearest
+from .index import nearest
+from .encoder import ASK, ChromaMoE, encode_texts
 from .metrics import score_run
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start
