@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FIRST', 'best_of', 'nearest', 'bit_words', 'differing_bits', 'Rows', 'Index', 'IndexWriter']
 
-# %% ../nbs/09b_index.ipynb #919f8397
-import hashlib, json, os
+# %% ../nbs/09b_index.ipynb #a0db2208
+import json
 from collections.abc import Iterable
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from .config import ChromaError, need
+from .files import lock, sha256_of, write_whole
 from .precision import as_numbers, check_precision, dequantise, quantise
 
 # %% ../nbs/09b_index.ipynb #caf713c8
@@ -172,18 +173,7 @@ def search(
     scores = torch.from_numpy(np.einsum('qw,qmw->qm', q, self.take(places)))
     return tuple(x.numpy() for x in _top(scores, torch.from_numpy(places), k))
 
-# %% ../nbs/09b_index.ipynb #9fb04b3e
-def _durably(path, write):
-    "Let `write` fill a file beside `path`, then give it that name."
-    new = path.with_name(f'.{path.name}.new')
-    try:
-        with open(new, 'wb') as f: write(f); f.flush(); os.fsync(f.fileno())
-        os.replace(new, path)
-    finally: new.unlink(missing_ok=True)
-
-def _sha256(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
+# %% ../nbs/09b_index.ipynb #21ef8dae
 class IndexWriter:
     "An index on its way to a folder, part by part."
     def __init__(
@@ -207,7 +197,9 @@ class IndexWriter:
         else:
             need(not self.folder.exists() or not any(self.folder.iterdir()), f"'{folder}' is not empty: give a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            _durably(self.folder/'begun.json', lambda f: f.write(json.dumps(self.head).encode())); self.complete = False
+            write_whole(self.folder/'begun.json', json.dumps(self.head)); self.complete = False
+        if not self.complete:
+            self.held = open(self.folder/'begun.json', 'r+b'); lock(self.held, folder)
         self.done = 0                        # parts that are there
         while self._paths(self.done)[0].exists(): self.done += 1
 
@@ -219,15 +211,15 @@ class IndexWriter:
         at,lines = self._paths(self.done)
         text = ''.join(json.dumps(r, ensure_ascii=True)+'\n' for r in rows).encode()
         codes = quantise(np.asarray(vectors, np.float32).reshape(len(rows), self.head['width']), self.head['precision'])
-        _durably(lines, lambda f: f.write(text)); _durably(at, lambda f: np.save(f, codes))   # the vectors come last: with them the part is there
+        write_whole(lines, text); write_whole(at, lambda f: np.save(f, codes))                # the vectors come last: with them the part is there
         self.done += 1
 
     def finish(self) -> 'Index':
         "Write `index.json`, and open the index."
         if not self.complete:
-            files = {p.name: dict(size=p.stat().st_size, sha256=_sha256(p)) for i in range(self.done) for p in self._paths(i)}
-            _durably(self.folder/'index.json', lambda f: f.write(json.dumps(self.head|dict(files=files), indent=1).encode()))
-            (self.folder/'begun.json').unlink(missing_ok=True)
+            files = {p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for i in range(self.done) for p in self._paths(i)}
+            write_whole(self.folder/'index.json', json.dumps(self.head|dict(files=files), indent=1))
+            (self.folder/'begun.json').unlink(); self.held.close(); self.complete = True
         return Index.open(self.folder)
 
 def _read_json(p):
@@ -259,7 +251,7 @@ def open(
     d = _read_json(p)
     for name,f in d['files'].items():
         at = folder/name
-        need(at.parent==folder and at.is_file() and at.stat().st_size==f['size'] and not (verify and _sha256(at)!=f['sha256']),
+        need(at.parent==folder and at.is_file() and at.stat().st_size==f['size'] and not (verify and sha256_of(at)!=f['sha256']),
              f"'{at}' is missing or not what index.json says of it: the index is damaged, build it again")
     names = [folder/n for n in sorted(d['files'])]
     try: parts = [np.load(n, mmap_mode='r', allow_pickle=False) for n in names if n.suffix=='.npy']

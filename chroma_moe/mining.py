@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'REASONS', 'RETRIEVERS', 'text_keys', 'Corpus', 'query_keys'
            'encode_corpus', 'top_k', 'build_faiss', 'faiss_search', 'VectorSearch', 'positive_aware', 'Rules', 'choose',
            'Miner', 'prepare', 'mining_report', 'mining_table', 'mine', 'mine_pairs', 'chroma_mine']
 
-# %% ../nbs/19_mining.ipynb #813193c5
+# %% ../nbs/19_mining.ipynb #0a7bcbbd
 import hashlib, itertools, json, math, os, shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +21,7 @@ from bm25s import BM25, tokenize
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, cli, load_config, need
+from .files import lock, write_whole
 from .rows import shown
 from .leaks import text_hashes, word_hashes
 from .mixing import pairs, texts
@@ -626,25 +627,12 @@ def mine(
             out += new; count.update(n)
     return out, mining_report(count)
 
-# %% ../nbs/19_mining.ipynb #080d55b1
+# %% ../nbs/19_mining.ipynb #b3c4205e
 def _file_facts(path): return [str(path), Path(path).stat().st_size, Path(path).stat().st_mtime_ns]
 
 def _stream_facts(stream):
     "What identifies the data of a stream: names, and sizes and times of its files."
     return [[r.name, r.limit, [_file_facts(f.path) if f.fs is None else [f.path, f.size()] for f in r.files]] for r in stream.readers]
-
-def _write_whole(path, data):
-    "Write a small file that is either whole or not there."
-    part = path.with_name(f'{path.name}.part')
-    part.write_bytes(data)
-    os.replace(part, path)
-
-def _lock(f, out):
-    "Refuse a second run for the same output."
-    try: from fcntl import lockf, LOCK_EX, LOCK_NB
-    except ImportError: return # no such lock on Windows
-    try: lockf(f, LOCK_EX|LOCK_NB)
-    except (BlockingIOError, PermissionError): raise ChromaError(f"another process is mining for '{out}': wait for it, or give another --out") from None
 
 def _last_entry(log):
     "The last whole line of a log, or None."
@@ -652,7 +640,7 @@ def _last_entry(log):
         try: return json.loads(line)
         except ValueError: pass                     # cut short by a kill
 
-# %% ../nbs/19_mining.ipynb #0283ac5a
+# %% ../nbs/19_mining.ipynb #fbf751c1
 def _worth(folder): return os.path.getsize(folder/'log.jsonl') or (folder/'vectors').exists()   # has a run done what took time?
 
 def _same_settings(folder, settings, out, overwrite):
@@ -668,7 +656,7 @@ def _same_settings(folder, settings, out, overwrite):
             elif p.is_dir(): shutil.rmtree(p)
             else: p.unlink()
         old = None
-    if old is None: _write_whole(path, json.dumps(now, indent=1).encode())
+    if old is None: write_whole(path, json.dumps(now, indent=1))
 
 @contextmanager
 def _workshop(out, settings, overwrite):
@@ -680,7 +668,7 @@ def _workshop(out, settings, overwrite):
         if not folder.exists(): need(overwrite or not place.exists(), f"'{out}' exists: give another --out, or --overwrite to replace it")
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder/'log.jsonl', 'a+b', buffering=0) as log:
-            _lock(log, out)
+            lock(log, out)
             _same_settings(folder, settings, out, overwrite)
             log.seek(0); entry = _last_entry(log.read())
             try: yield place, folder, log, entry, bool(entry and entry['done'] and not (folder/'rows').exists() and place.exists())
@@ -733,7 +721,7 @@ def _append(folder, log, entry, stream, miner, block, pack, workers, progress):
             log.write(f'\n{json.dumps(dict(bytes=end, rows=n, counts=count, state=state, done=state is None))}\n'.encode())
     return count
 
-# %% ../nbs/19_mining.ipynb #b36c22b1
+# %% ../nbs/19_mining.ipynb #fc8c15b4
 def mine_pairs(
     sources,                      # NAME or PATH of pairs, or several; each is read once
     out,                          # file: .jsonl or .jsonl.zst
@@ -773,7 +761,7 @@ def mine_pairs(
                             retrievers, encoder, rules, dim, index, probes, instruct, progress)
             count = _append(folder, log, entry, stream(), miner, block, settings['packed'], workers or os.cpu_count(), progress)
             report = mining_report(count)
-            _write_whole(place.with_name(f'{place.name}.report'), json.dumps(report, indent=1).encode())
+            write_whole(place.with_name(f'{place.name}.report'), json.dumps(report, indent=1))
             os.replace(folder/'rows', place)
         else: report = mining_report(Counter(entry['counts']))
     return report

@@ -193,14 +193,15 @@ def read_model_config(
     try: return build(ModelConfig, c.get('model'), 'model')
     except ConfigError as e: raise ConfigError(f"'{p}': {e} ({by})") from None
 
-# %% ../nbs/09_model.ipynb #cf9c428b
+# %% ../nbs/09_model.ipynb #a80a9e1d
 def read_weights(
     folder,      # written by `save_model`
 ) -> dict[str,Tensor]: # as `state_dict` gives them; bf16 and int8 have become float32
     "The weights of a saved model."
     p = _read(folder, 'model.safetensors')
     try: return restore_weights(load_file(p))
-    except (SafetensorError, OSError, RuntimeError) as e: raise ChromaError(f"'{p}' cannot be read ({e}): the file is cut short or damaged, copy it again") from None
+    except (SafetensorError, OSError, RuntimeError) as e:
+        raise ChromaError(f"'{p}' cannot be read ({e}): the file is cut short or damaged, copy it again") from None
 
 def load_model(
     folder,      # written by `save_model`

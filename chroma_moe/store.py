@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'INDEX', 'token_dtype', 'fingerprint', 'read_manifest', 'unfinished', 'Job', 'parallel_map', 'build_store',
            'TokenStore', 'describe', 'verify_store', 'StoreBatch', 'StoreReader', 'merge_stores']
 
-# %% ../nbs/04a_store.ipynb #4acc82ed
+# %% ../nbs/04a_store.ipynb #bc1fdea2
 import gc, hashlib, json, os, shutil, signal, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, STRATEGIES, need
+from .files import lock
 from .tokenizer import BOS, EOS, ChromaTokenizer
 
 # %% ../nbs/04a_store.ipynb #af233ad8
@@ -115,19 +116,11 @@ def read_manifest(
         raise ChromaError(f"'{p}' is damaged ({str(e) or type(e).__name__}): copy the store again, or rebuild it") from None
     return m|dict(sha256=claimed)
 
-# %% ../nbs/04a_store.ipynb #2da824e6
+# %% ../nbs/04a_store.ipynb #9871084d
 def _place(out):
     "Where a store stands, where it is built, and where the one it replaces waits."
     out = Path(os.path.realpath(out))
     return out, out.with_name(f'.{out.name}.building'), out.with_name(f'.{out.name}.old')
-
-def _lock(f, out):
-    "Refuse a second builder of the same store."
-    try: from fcntl import lockf, LOCK_EX, LOCK_NB
-    except ImportError: return # no such lock on Windows
-    try: lockf(f, LOCK_EX|LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ChromaError(f"another process is building '{out}': wait for it, or give another --out") from None
 
 def _finished(log):
     "Entries in the log of an unfinished build; a line that was cut short does not count."
@@ -144,7 +137,7 @@ def unfinished(
     log = _place(out)[1]/'chunks.jsonl'
     return len(_finished(log.read_bytes())) if log.is_file() else None
 
-# %% ../nbs/04a_store.ipynb #824ee8c9
+# %% ../nbs/04a_store.ipynb #7eea6f64
 @contextmanager
 def _beside(out, overwrite, keep):
     "A folder to build in and its log; when all went well, the folder takes the place of `out`. With `keep` it outlives a failure."
@@ -158,7 +151,7 @@ def _beside(out, overwrite, keep):
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder/'chunks.jsonl', 'a+b', buffering=0)  # what is written is written, or fails here
     with log:
-        _lock(log, out)
+        lock(log, out)
         for p in folder.glob('*.part'): p.unlink()
         try: yield folder, log
         except BaseException:
@@ -297,7 +290,7 @@ def parallel_map(
                               'workers') from None
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/04a_store.ipynb #479d50f5
+# %% ../nbs/04a_store.ipynb #357790ce
 def build_store(
     rows:Iterable[dict],       # a stream with `text`, `domain`, `source`; the same each time, so that a killed build can go on
     tokenizer:ChromaTokenizer,
@@ -313,7 +306,7 @@ def build_store(
     domains,sources,chunks = {},{},[]
     about = dict(dtype=token_dtype(len(tokenizer)).str, vocab_size=len(tokenizer), tokenizer=fingerprint(tokenizer))
     with _beside(out, overwrite, True) as (folder,log), tqdm(unit=' tokens', unit_scale=True, desc='build', disable=not progress) as bar:
-        _write(folder/'tokenizer.json', tokenizer.tok.to_str(pretty=True).encode())
+        _write(folder/'tokenizer.json', tokenizer.tok.to_str().encode())
         log.seek(0); finished = _finished(log.read())
         make = partial(_make_chunk, folder=folder, tokenizer=tokenizer, kind=about)
         for entry in parallel_map(make, _jobs(rows, chunk_chars, domains, sources, finished), workers or os.cpu_count()):

@@ -9,7 +9,7 @@ __all__ = ['PROMPTS', 'COPIED', 'MAX_WAIT', 'FREE', 'Prompt', 'prompt_of', 'read
            'bm25_ranks', 'dense_ranks', 'distinct', 'make_chats', 'round_trip', 'ask_once', 'pair_rows', 'make_report',
            'report_text', 'synthesise', 'chroma_synthesise']
 
-# %% ../nbs/19a_synthesis.ipynb #daea1502
+# %% ../nbs/19a_synthesis.ipynb #05a036e4
 import hashlib, http.client, itertools, json, os, random, re, ssl, threading, time, urllib.error, urllib.parse, urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -24,6 +24,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, cli, load_config, need, read_yaml
+from .files import lock
 from .rows import check_row, complete, text_fault
 from .mixing import texts
 from .leaks import normal
@@ -352,7 +353,7 @@ def ask(self:Endpoint,
         if turn<self.retries: self._pause(share*min(60, self.wait*2**turn)*(.1 if after else 1))
     raise NoAnswer(f'{self.where} gives no answer after {self.retries+1} tries (last: {fault})')
 
-# %% ../nbs/19a_synthesis.ipynb #6df51d72
+# %% ../nbs/19a_synthesis.ipynb #5f7e804b
 class Answer(NamedTuple):
     "What was learnt about one passage."
     queries:list|None  # None: both answers were malformed
@@ -360,13 +361,6 @@ class Answer(NamedTuple):
     tokens_in:int
     tokens_out:int
     again:int=0        # further answers that were needed
-
-def _lock_file(f, path):
-    "Refuse a second run into the same file."
-    try: from fcntl import lockf, LOCK_EX, LOCK_NB
-    except ImportError: return # no such lock on Windows
-    try: lockf(f, LOCK_EX|LOCK_NB)
-    except (BlockingIOError, PermissionError): raise ChromaError(f"another process is writing '{path}': wait for it, or give another --out") from None
 
 class Answers:
     "Answers by the checksum of their request, in a file that outlives the process."
@@ -383,7 +377,7 @@ class Answers:
     def _open(self):
         try: self.path.parent.mkdir(parents=True, exist_ok=True); self.file = open(self.path, 'ab+', buffering=0)
         except OSError as e: raise ChromaError(f"'{self.path}' cannot be written ({e.strerror}): give another --out") from None
-        _lock_file(self.file, self.path)
+        lock(self.file, self.path)
 
     def _read(self): self.file.seek(0); return self.file.read()       # through the same handle: closing another would end the lock
 

@@ -7,7 +7,7 @@ __all__ = ['SPECIALS', 'PAD', 'MASK', 'BOS', 'EOS', 'QUERY', 'DOCUMENT', 'HOSTIL
            'as_read', 'adopt', 'tiktoken_encoding', 'bpe_of_ranks', 'general_texts', 'fertility', 'Check', 'verify',
            'chroma_tokenizer']
 
-# %% ../nbs/03_tokenizer.ipynb #6f10a193
+# %% ../nbs/03_tokenizer.ipynb #2269aff7
 import base64, hashlib, json, os, re, sys, sysconfig, tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from tokenizers import Tokenizer, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from .config import ChromaError, cli, load_config, need
+from .files import write_whole
 from .mixing import texts as rows_of
 from .terms import TERMS, forms, split_rule
 from .world import parse_size
@@ -83,7 +84,7 @@ def _writable(text):
     try: text.encode(); return text
     except UnicodeEncodeError: return text.encode('utf-16','surrogatepass').decode('utf-16','replace')
 
-# %% ../nbs/03_tokenizer.ipynb #1ea37dec
+# %% ../nbs/03_tokenizer.ipynb #775192d6
 class ChromaTokenizer:
     "A tokenizer with our special tokens as its ids 0 to 5."
     def __init__(self, tok:Tokenizer):
@@ -114,11 +115,7 @@ class ChromaTokenizer:
     def save(self, folder):
         "Write `tokenizer.json` into `folder`, whole or not at all."
         folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-        tmp = folder/f'.tokenizer.json.{os.getpid()}'
-        try:
-            with open(tmp, 'w', encoding='utf-8') as f: f.write(self.tok.to_str()); f.flush(); os.fsync(f.fileno())
-            os.replace(tmp, folder/'tokenizer.json')
-        finally: tmp.unlink(missing_ok=True)
+        write_whole(folder/'tokenizer.json', self.tok.to_str())
 
     def __reduce__(self): return type(self),(self.tok,)  # for worker processes
     def __len__(self): return self.size

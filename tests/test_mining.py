@@ -55,7 +55,7 @@ def test_killed_run_goes_on(home):
     out,folder = home/'parts.jsonl', home/'.parts.jsonl.mining'
     busy = []
     killed_when(lambda: size(folder/'log.jsonl')>1000, *args, '--out', out, meanwhile=lambda: busy.append(said(*args, '--out', out)))
-    assert 'another process is mining' in busy[0], busy
+    assert 'another process is writing' in busy[0], busy
     done = mining._last_entry((folder/'log.jsonl').read_bytes())
     assert not out.exists() and 0<done['rows']<700
     with open(folder/'log.jsonl', 'ab') as f: f.write(b'\n{"bytes": 1')      # a kill at the worst moment: half a line here,

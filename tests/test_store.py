@@ -104,7 +104,7 @@ def test_old_store_stays_until_the_new_one_is_whole(home, tmp_path):
     wait_for(lambda: (unfinished(out) or 0)>=3 or p.poll() is not None)
     p.send_signal(signal.SIGSTOP)                                                     # it shall not end while the other one looks
     busy = run(*build_args(home, out, '6k', '--overwrite'))
-    assert busy.returncode and 'another process is building' in busy.stderr and 'Traceback' not in busy.stderr, busy.stderr
+    assert busy.returncode and 'another process is writing' in busy.stderr and 'Traceback' not in busy.stderr, busy.stderr
     p.send_signal(signal.SIGKILL); p.wait()
     assert p.returncode==-signal.SIGKILL and contents(out)==before and verify_store(out)==[]
     out.rename(tmp_path/'.store.old')       # a kill between the two renames of the swap
