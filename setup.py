@@ -13,5 +13,6 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       long_description_content_type='text/markdown', python_requires='>='+cfg['min_python'],
       packages=find_packages(include=[cfg['lib_path'],cfg['lib_path']+'.*']),
       install_requires=cfg['requirements'].split(),
-      extras_require=dict(dev=(cfg['dev_requirements']+' '+cfg['faiss_requirements']).split(), faiss=cfg['faiss_requirements'].split()),
+      extras_require=dict(dev=' '.join(cfg[k+'_requirements'] for k in ('dev','faiss','serve')).split(), faiss=cfg['faiss_requirements'].split(),
+                          serve=cfg['serve_requirements'].split()),
       entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]))

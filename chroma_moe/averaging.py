@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['average', 'last_checkpoints', 'average_models', 'chroma_average']
 
-# %% ../nbs/20a_averaging.ipynb #c350ee3f
+# %% ../nbs/20a_averaging.ipynb #c8161ed7
 from pathlib import Path
 
 from .config import cli, need
 from .checkpoints import Checkpoints
+from .card import add_phase, command_line
 from .encoder import ChromaMoE
 from .training import check_out
 
@@ -24,7 +25,7 @@ def average(
         need(not odd, f"model {i+1} does not fit the first: '{odd[0] if odd else ''}' is of another shape, or only in one; average models of one shape")
     return {k: (sum(s[k].double() for s in states)/len(states)).to(v.dtype) for k,v in states[0].items()}
 
-# %% ../nbs/20a_averaging.ipynb #61cb39f9
+# %% ../nbs/20a_averaging.ipynb #050acb47
 def last_checkpoints(
     run,      # folder of a run
     n:int,    # how many
@@ -48,6 +49,8 @@ def average_models(
         need(m.tokenizer.tok.to_str()==first.tokenizer.tok.to_str(), f"the tokenizer of '{f}' is not that of '{folders[0]}': their words have other numbers, "
              'so that their weights cannot be averaged')
     first.model.load_state_dict(average([m.model.state_dict() for m in models]))
+    known = [r for m in models for r in m.about['training'] or [dict(phase='earlier training', note='not recorded')]]
+    first.about = first.about | dict(training=[r for i,r in enumerate(known) if r not in known[:i]])     # what they share once
     return first
 
 @cli
@@ -65,5 +68,9 @@ def chroma_average(
         chroma = ChromaMoE.from_pretrained(run)
         chroma.model.load_state_dict(average(last_checkpoints(run, last)))
     else: chroma = average_models(list(model))
+    command = command_line('chroma_average', run=run, last=last) if run else command_line('chroma_average', model=model)
+    data = dict.fromkeys(d for r in chroma.about['training'] for d in r.get('data') or ())
+    seen = dict(checkpoints=last) if run else dict(models=len(model))
+    chroma.about = add_phase(chroma.about, 'averaging', data, command=command, started=True, **seen)
     chroma.save_pretrained(out)
     print(f'the mean of {last if run else len(model)} {"checkpoints" if run else "models"} written to {out}')

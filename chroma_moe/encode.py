@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from .config import ChromaError, cli, need
 from .rows import SUFFIXES, DataFile, records
-from .index import Index, IndexWriter
+from .indexing import Index, IndexWriter
 from .encoder import ChromaMoE
 from .training import tune_cpu
 

@@ -20,7 +20,7 @@ from .packing import pack, token_batches
 from .precision import check_precision, quantise
 from .model import load_model, save_model
 from .card import read_about, write_card
-from .index import Index
+from .indexing import Index
 
 # %% ../nbs/10_encoder.ipynb #71b768e4
 ASK = 'Instruction: {} Query: ' # how an instruction stands before a query

@@ -70,7 +70,7 @@ def unpad(
     row = place[row]
     return Packed(input_ids[row,column], tuple(lengths[order].tolist()), place, tuple(prompt.tolist())), row, column
 
-# %% ../nbs/10a_hf.ipynb #f60b7bdf
+# %% ../nbs/10a_hf.ipynb #6bdfd095
 class ChromaMoEModel(PreTrainedModel):
     "A `ChromaModel`, as transformers runs it."
     config_class,main_input_name = ChromaMoEConfig,'input_ids'
@@ -99,7 +99,7 @@ class ChromaMoEModel(PreTrainedModel):
 
     def save_pretrained(self, folder, **kwargs):
         super().save_pretrained(folder, **kwargs)
-        (Path(folder)/'encoder.json').unlink(missing_ok=True)                         # the prompts in it may no longer be the model's
+        for name in ('encoder.json','about.json'): (Path(folder)/name).unlink(missing_ok=True) # prompts and scores may no longer be the model's
 
     def forward(
         self,

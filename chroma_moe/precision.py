@@ -11,7 +11,7 @@ import numpy as np, torch
 from torch import Tensor
 from .config import need
 
-# %% ../nbs/08a_precision.ipynb #aeb40cc8
+# %% ../nbs/08a_precision.ipynb #6b309bec
 PRECISIONS = ('float32', 'int8', 'uint8', 'binary', 'ubinary')
 
 def check_precision(name):
@@ -29,7 +29,7 @@ def quantise(
     if precision.endswith('binary'):
         bits = np.packbits(x>0, axis=-1)
         return bits if precision=='ubinary' else (bits.astype(np.int16)-128).astype(np.int8)
-    codes = np.rint(x * (127/np.maximum(np.abs(x).max(-1, keepdims=True, initial=0), np.finfo(np.float32).tiny)))
+    codes = np.rint(x * (127/np.maximum(np.abs(x).max(-1, keepdims=True, initial=0), 1e-30)))
     return codes.astype(np.int8) if precision=='int8' else (codes+128).astype(np.uint8)
 
 def as_numbers(

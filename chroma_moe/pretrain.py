@@ -6,7 +6,7 @@
 __all__ = ['TextBatches', 'masked_part', 'MaskedParts', 'masked_loss', 'Validation', 'dense_model', 'pretrain', 'check_processes',
            'load_tokenizer', 'load_texts', 'chroma_pretrain']
 
-# %% ../nbs/16_pretrain.ipynb #5ca0ae6e
+# %% ../nbs/16_pretrain.ipynb #0959f58f
 import os, time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from .store import TokenStore
 from .blockwise import blockwise_cross_entropy
 from .model import ChromaModel
 from .upcycling import upcycle
+from .card import add_phase, command_line, seen_in, settings_of
 from .encoder import ChromaMoE
 from .masking import Masked, mask_batch
 from .moe import add_stats, routing_summary
@@ -228,7 +229,7 @@ def load_texts(
     for r in held or (): domains.setdefault(r.get('domain', 'text'), []).append(r['text'])
     return train, {k: tokenizer.encode(v, max_length=d.max_length) for k,v in sorted(domains.items())}
 
-# %% ../nbs/16_pretrain.ipynb #2cb4392b
+# %% ../nbs/16_pretrain.ipynb #c9354bc2
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
@@ -255,7 +256,9 @@ def chroma_pretrain(
     if not resume: log.resume(0, 'pretrain')                                           # of a run that died before its first checkpoint
     model = pretrain(c, ids, log, progress, valid=valid, folder=out, resume=resume, ranks=ranks)
     if ranks.main:
-        ChromaMoE(model, tokenizer, c.data.max_length).save_pretrained(out)
+        about = add_phase(None, 'pre-training', ids.sources if c.data.store else c.data.texts, settings_of(c, 'pretrain'),
+                          command_line('chroma_pretrain', config=config, profile=profile, set=set), **seen_in(log.rows, 'pretrain'))
+        ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
         (Path(out)/'config.yaml').write_text(to_yaml(c))
         last = next((r for r in reversed(log.rows) if 'eval' in r), {'eval': {}})
         for d,v in last['eval'].items():

@@ -8,7 +8,7 @@ __all__ = ['show_hits', 'chroma_search']
 # %% ../nbs/22b_search.ipynb #264e2e75
 import sys, textwrap
 from .config import cli, need
-from .index import FIRST, Index
+from .indexing import FIRST, Index
 from .encoder import ChromaMoE
 from .training import tune_cpu
 from .encode import Texts, _files

@@ -6,7 +6,7 @@
 __all__ = ['per_source', 'classes', 'Pairs', 'tokenise_pairs', 'make_batch', 'PairBatches', 'HeldOut', 'tune', 'take_best',
            'TokenBag', 'start_from_bag', 'load_pairs', 'chroma_tune']
 
-# %% ../nbs/20_tune.ipynb #4ed78877
+# %% ../nbs/20_tune.ipynb #f274ecbe
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .packing import Packed
 from .pooling import segment_mean
 from .model import ChromaModel
-from .index import nearest
+from .indexing import nearest
+from .card import add_phase, command_line, seen_in, settings_of
 from .encoder import ASK, ChromaMoE, encode_texts
 from .metrics import score_run
 from .monitor import MetricsLog
@@ -265,7 +266,7 @@ def start_from_bag(
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
     model.pool.project.weight.copy_(torch.eye(m.dim))
 
-# %% ../nbs/20_tune.ipynb #19be9146
+# %% ../nbs/20_tune.ipynb #c41c7d9d
 def load_pairs(
     c:Config,
     tokenizer:ChromaTokenizer,
@@ -315,7 +316,10 @@ def chroma_tune(
     if ranks.main:
         most = max(p.prompts, key=p.source.count, default=None)                        # plain questions are asked as in the largest source
         prompts = p.prompts | (dict(query=p.prompts[most]) if most and all(s in p.prompts for s in p.source) else {})
-        ChromaMoE(first.model, first.tokenizer, c.data.max_length, prompts).save_pretrained(out)
+        note = 'of all checkpoints, the one that did best on held-out pairs was kept' if c.tune.best and held else ''
+        about = add_phase(first.about, 'tuning', c.data.pairs, settings_of(c, 'tune'), started=True, note=note, **seen_in(log.rows, 'tune'),
+                          command=command_line('chroma_tune', pretrained=pretrained, config=config, profile=profile, set=set))
+        ChromaMoE(first.model, first.tokenizer, c.data.max_length, prompts, about).save_pretrained(out)
         (Path(out)/'config.yaml').write_text(to_yaml(c))
         last = max((r for r in log.rows if 'eval' in r), key=lambda r: r['eval_ndcg'], default={'eval': {}})
         for s,v in last['eval'].items(): print(f"{s}: nDCG@10 {v['ndcg_10']:.3f} on {v['queries']} held-out queries")

@@ -8,7 +8,7 @@ import numpy as np, pytest, torch
 from chroma_moe.config import ChromaError, load_config
 from chroma_moe.encode import chroma_encode
 from chroma_moe.encoder import ChromaMoE
-from chroma_moe.index import Index
+from chroma_moe.indexing import Index
 from chroma_moe.model import ChromaModel
 from chroma_moe.precision import dequantise
 from chroma_moe.search import chroma_search

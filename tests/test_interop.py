@@ -176,6 +176,29 @@ def test_refusals(h, tmp_path):
     assert not [p for p in h.folder.rglob('*.py')] and 'auto_map' not in AutoConfig.from_pretrained(h.folder).to_dict()
     print('missing tensor, newer format, NaN, older folder, conversation, text that is all prompt: one sentence each')
 
+def test_faiss(h, tmp_path):
+    "An index that users know finds what our search finds, from numbers and from bits, and after a trip to disk."
+    import faiss
+    from chroma_moe.indexing import Index, differing_bits, bit_words
+    rng = np.random.default_rng(0)
+    words = [t for t in TEXTS if len(t.strip())>12][:6]
+    texts = [f'{a} {b} {i}' for i,(a,b) in enumerate(zip(rng.choice(words, 300), rng.choice(words, 300)))]
+    docs,queries = h.ours.encode_document(texts),h.ours.encode_query(texts[:20])
+    index = Index.of(docs, [dict(text=t) for t in texts], h.ours.fingerprint)
+    flat = faiss.IndexFlatIP(docs.shape[1]); flat.add(docs)
+    faiss.write_index(flat, str(tmp_path/'flat')); flat = faiss.read_index(str(tmp_path/'flat'))
+    want,mine = flat.search(queries, 10),index.search(queries, 10)
+    assert np.abs(want[0]-mine[0]).max()<1e-5
+    apart = np.abs(np.diff(index.search(queries, 11)[0]))>1e-5                                    # equal scores may change places
+    clear = apart[:,:10] & np.c_[np.ones(len(queries), bool), apart[:,:9]]
+    assert (want[1]==mine[1])[clear].all() and clear.mean()>.5, clear.mean()
+    hit = h.ours.search(texts[3], index, 1)[0]; assert texts[hit['index']]==hit['text'] and abs(hit['score']-want[0][3,0])<1e-5
+    codes,asked = (h.ours.encode(texts[:n], prompt_name=p, precision='ubinary') for n,p in ((300,'document'), (20,'query')))
+    bits = faiss.IndexBinaryFlat(docs.shape[1]); bits.add(codes)
+    far,place = bits.search(asked, 40)
+    assert all((differing_bits(q, bit_words(codes[p]))==d).all() for q,d,p in zip(bit_words(asked), far, place))
+    print(f'{len(texts)} texts, {len(queries)} questions: FAISS and our search give the same ten ({clear.mean():.0%} without a tie), and count the same bits')
+
 def test_lazy():
     "The encoder needs neither library; the adapter says what it lacks."
     code = '''if True:
