@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASK', 'MARKERS', 'DTYPES', 'encode_texts', 'fetch', 'ChromaMoE']
 
-# %% ../nbs/10_encoder.ipynb #865551a8
+# %% ../nbs/10_encoder.ipynb #44def370
 import hashlib, itertools, json, re, tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -253,13 +253,13 @@ def encode_stream(
     sentences = iter(sentences)
     while texts := list(itertools.islice(sentences, window)): yield self.encode(texts, **kw)
 
-# %% ../nbs/10_encoder.ipynb #0e28a42c
+# %% ../nbs/10_encoder.ipynb #f6103775
 @patch
 def encode_passages(
     self:ChromaMoE,
     texts:list[str],
     ids:list|None=None,      # a name for each text; by default its number
-    passage_tokens:int=256,  # tokens of a passage, at most
+    passage_tokens:int|None=None, # tokens of a passage, at most; by default 128, or what the model reads
     overlap:int=0,           # tokens of the passage before, at most, that a passage begins with
     **kw,                    # of `encode`
 ) -> tuple: # (passages, out); a dict with id, text, start, end for each
@@ -269,6 +269,7 @@ def encode_passages(
     need(len(ids)==len(texts), f'{len(texts)} texts were given {len(ids)} ids: give one each')
     prompt = kw.get('prompt') or self.prompts.get(kw.get('prompt_name', 'document'), '')
     led = encode_texts(self.tokenizer, [''], DOCUMENT, self.max_length, prompt)[1]
+    passage_tokens = min(128, self.max_length-led-1) if passage_tokens is None else passage_tokens
     need(8<=passage_tokens<=self.max_length-led-1, f'passage_tokens is {passage_tokens}: the model reads {self.max_length} tokens, {led+1} of them of its own; '
          f'give 8 to {self.max_length-led-1}')
     spans = cut_texts(self.tokenizer, texts, passage_tokens, overlap)

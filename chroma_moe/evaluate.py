@@ -107,7 +107,7 @@ def make_systems(
     need(twice is None, f"two systems have the name '{twice}': rename the folder of one")
     return out, failed
 
-# %% ../nbs/21e_evaluate.ipynb #2b94371c
+# %% ../nbs/21e_evaluate.ipynb #0c37ea8b
 WORLD_ROWS = 20_000 # of the endless built-in corpus that are checked, where a model does not say how many it read
 
 def training_texts(
@@ -130,7 +130,7 @@ def training_texts(
 def _said(found, gone):
     "A sentence for one task: part -> (texts found, texts)."
     counts = ' and '.join(f'{n:,} of {all_:,} {part}' for part,(n,all_) in found.items())
-    return f'{counts} occur in the training data' + (f'; not checked against {", ".join(gone)}, not at hand' if gone else '')
+    return f'{counts} occur in the training data, whole or nearly' + (f'; not checked against {", ".join(gone)}, not at hand' if gone else '')
 
 def _words(text): return ' '.join(re.findall(r'\w+', normal(text))) # what the guard sees of a text
 
@@ -237,7 +237,7 @@ def comparisons(
             out.append(dict(benchmark=benchmark, task=task, metric=mine['metric'], against=name, difference=difference, low=low, high=high, wins=wins))
     return out
 
-# %% ../nbs/21e_evaluate.ipynb #c2ba25ee
+# %% ../nbs/21e_evaluate.ipynb #a7992ce1
 NAMES = {'ndcg@10': 'nDCG@10', 'mrr@10': 'MRR@10', 'map@100': 'MAP@100', 'precision@10': 'P@10', 'recall@10': 'recall@10', 'recall@100': 'recall@100',
          'knn_accuracy': 'accuracy, 5 neighbours', 'v_measure': 'v-measure', 'ap': 'average precision', 'spearman': 'Spearman', 'pearson': 'Pearson'}
 KIND_NAMES = dict(retrieval='Retrieval', sts='Sentence similarity', classification='Classes', clustering='Groups', pair='Pairs', probe='Probes',
@@ -309,11 +309,17 @@ def as_markdown(
     for title,lines in _sentences(results): out += [f'## {title}', '\n'.join(f'- {clean(l)}' for l in lines)]
     return '\n\n'.join(out)+'\n'
 
+def _figure_cell(text):
+    "A number stands to the right, its interval below it."
+    if text!='–' and not re.match(r'[+-]?[\d.]+', text): return text
+    value,_,interval = text.partition(' [')
+    return tag('span', value, tag('small', f'[{interval}'.replace(' ', '\xa0')) if interval else '')
+
 def as_page(
     results:dict, # of `chroma_evaluate`
 ) -> Markup:
     "The report as the body of a page."
-    numbers = lambda body: [[r[0], *(tag('span', c) if any(ch.isdigit() for ch in c[:3]) or c=='–' else c for c in r[1:])] for r in body]
+    numbers = lambda body: [[r[0], *map(_figure_cell, r[1:])] for r in body]
     show = lambda title,head,body: section(title, table(head, numbers(body), title)) if body else ''
     first = first_rows(results['rows'])
     charts = []
@@ -325,8 +331,10 @@ def as_page(
                tag('p', tag('b', TRIAL)) if results['debug'] else '', tag('p', READING, class_='lead'))
     notes = [section(title, *(tag('p', l) for l in lines)) for title,lines in _sentences(results)]
     made = section('How was it made?', table(['',''], [['command', results['command']], ['fingerprint of the model', results['fingerprint']]], 'Facts'))
+    title,cells,body = detail_table(results)
+    every = tag('details', tag('summary', f'{len(body):,} figures'), table(cells, numbers(body), title))
     glance = section('At a glance', side_by_side(charts, 'Scores'))
-    return tag('main', head, *(show(*t) for t in score_tables(results)), show(*comparison_table(results)), glance, *notes, show(*detail_table(results)), made)
+    return tag('main', head, *(show(*t) for t in score_tables(results)), show(*comparison_table(results)), glance, *notes, section(title, every), made)
 
 def write_results(
     out,          # folder

@@ -111,8 +111,8 @@ def test_pages(home, done):
     reader = Reader(page)
     assert not reader.risks and not reader.names & {'script','iframe','object','embed','img','form','link '} and not re.search(r'https?:|url\(|@import', page)
     assert 'prefers-color-scheme:dark' in page and 'width=device-width' in page
-    shown = f"{value(done[1], 'shop', 'BM25', 'ndcg@10')['value']:.3f} ["
-    assert shown in page and shown in text and '1 of 12 queries' in page and '1 of 12 queries' in text
+    shown = f"{value(done[1], 'shop', 'BM25', 'ndcg@10')['value']:.3f}"
+    assert f'<span>{shown}<small>[' in page and f'{shown} [' in text and '1 of 12 queries' in page and '1 of 12 queries' in text
     print(f'one page of {len(page):,} characters that loads nothing')
 
 def test_kill_and_continue(home, done):
@@ -139,7 +139,7 @@ def test_broken_files(home, path, text, says):
     file = home/'sets'/path; before = file.read_text()
     try:
         file.write_text(text)
-        with pytest.raises(SystemExit) as e: chroma_evaluate.main(['--model', str(home/'model'), '--benchmark', f"local:{home/'sets'}", '--out', str(home/'broken')])
+        with pytest.raises(SystemExit) as e: here('--model', home/'model', '--benchmark', f"local:{home/'sets'}", '--out', home/'broken')
     finally: file.write_text(before)
     assert says in str(e.value) and '\n' not in str(e.value)
     print(str(e.value).replace(str(home), '…'))
