@@ -158,7 +158,7 @@ def leak_notes(
     counts = lambda t: {p: (sum(k in seen for k in rows), len(rows)) for (b,n,p),rows in parts.items() if (b,n)==(t.benchmark, t.name) and rows}
     return {(t.benchmark, t.name): _said(counts(t), gone) for t in tasks}
 
-# %% ../nbs/21e_evaluate.ipynb #23b1b9fe
+# %% ../nbs/21e_evaluate.ipynb #74533001
 def run_tasks(
     tasks:list,    # of `Task`
     systems:list,  # (system, key)
@@ -200,10 +200,11 @@ def run_elsewhere(
             return run(system.encoder if name=='long_context' else system, Path(out)/name, debug, **options, **(dict(data=path) if path else {}))
         try: got,kept = results.once(f'{name}-{system.name}', [key, path, debug], make)
         except (ChromaError, OSError) as e: got,kept = [dict(benchmark=name, task='all', value=None, note=' '.join(str(e).split()))],False
-        got = [r | dict(system=r.get('system') or system.name) for r in got]
+        got = [r | dict(system=r.get('system') or system.name, note=(r.get('note') or '').replace('give data=DIR', f'ask for {name}:DIR')) for r in got]
         done = [r for r in got if r['value'] is not None]
-        why = dict.fromkeys(r['note'] for r in got if r['value'] is None)
-        say(f'{name:8} {system.name:16} {len(done)} scores{"  (kept)"*kept}' + ''.join(f'\n  {n}' for n in why))
+        why = list(dict.fromkeys(r['note'] for r in got if r['value'] is None))
+        more = f'\n  and {len(why)-1} more of this kind, in the report' if len(why)>1 else ''
+        say(f'{name:8} {system.name:16} {len(done)} scores{"  (kept)"*kept}' + ''.join(f'\n  {n}' for n in why[:1]) + more)
         rows += got
     return rows
 
@@ -237,7 +238,7 @@ def comparisons(
             out.append(dict(benchmark=benchmark, task=task, metric=mine['metric'], against=name, difference=difference, low=low, high=high, wins=wins))
     return out
 
-# %% ../nbs/21e_evaluate.ipynb #a7992ce1
+# %% ../nbs/21e_evaluate.ipynb #27d76a9c
 NAMES = {'ndcg@10': 'nDCG@10', 'mrr@10': 'MRR@10', 'map@100': 'MAP@100', 'precision@10': 'P@10', 'recall@10': 'recall@10', 'recall@100': 'recall@100',
          'knn_accuracy': 'accuracy, 5 neighbours', 'v_measure': 'v-measure', 'ap': 'average precision', 'spearman': 'Spearman', 'pearson': 'Pearson'}
 KIND_NAMES = dict(retrieval='Retrieval', sts='Sentence similarity', classification='Classes', clustering='Groups', pair='Pairs', probe='Probes',
@@ -260,7 +261,7 @@ def score_tables(
         any_of = lambda of: next(iter(of.values()))
         size = lambda n: f'{n:,}' if n else '–'
         body = [[t, NAMES.get(m := any_of(of)['metric'], m), size(any_of(of).get('items')), *(_cell(of.get(s)) for s in names)] for t,of in tasks.items()]
-        if len(tasks)>1 and len({any_of(of)['metric'] for of in tasks.values()})==1:
+        if kind!='probe' and len(tasks)>1 and len({any_of(of)['metric'] for of in tasks.values()})==1:
             means = [[of[s]['value'] for of in tasks.values() if s in of] for s in names]
             body.append(['mean of the tasks', body[0][1], '', *(f'{sum(m)/len(m):.3f}' if len(m)==len(tasks) else '–' for m in means)])
         out.append((f'{b}: {KIND_NAMES.get(kind, kind).lower()}', ['task', 'figure', 'items', *names], body))

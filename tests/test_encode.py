@@ -33,24 +33,21 @@ def h(tmp_path_factory):
     (home/'texts.jsonl').write_text(''.join(json.dumps(dict(_id=f'd{i}', text=t))+'\n' for i,t in enumerate(texts)))
     return SimpleNamespace(home=home, texts=texts, ours=ours, args=('--model', home/'model', '--input', home/'texts.jsonl'))
 
-def test_killed_run_goes_on(h):
-    "Killed while it writes, and run by two at once: the same bytes in the end."
-    args = (*h.args, '--part', 12, '--passage_tokens', 24, '--overlap', 6, '--precision', 'int8')
-    whole = run('encode', *args, '--output', h.home/'whole'); assert whole.returncode==0, whole.stderr
-    kills,out = 0,h.home/'parts'
+def test_killed_run_goes_on(h, capsys):
+    "Killed twice while it writes, and tried by two at once: the same bytes in the end."
+    args = [*map(str, (*h.args, '--part', 12, '--passage_tokens', 24, '--overlap', 6, '--precision', 'int8', '--output'))]
+    chroma_encode.main([*args, str(h.home/'whole')]); whole,out,kills = capsys.readouterr().out,h.home/'parts',0
     for parts in (5, 25):
-        p = subprocess.Popen(command('encode', *args, '--output', out), env=ENV, stdout=subprocess.DEVNULL)
+        p = subprocess.Popen(command('encode', *args, out), env=ENV, stdout=subprocess.DEVNULL)
         while p.poll() is None and len([*out.glob('vectors-*.npy')])<parts: time.sleep(.002)
         p.send_signal(signal.SIGSTOP)                                    # it stands still while another one tries
-        if not kills:
-            second = run('encode', *args, '--output', out)
-            assert 'another process is writing' in second.stderr and second.stderr.count('\n')==1, second.stderr
+        with pytest.raises(SystemExit, match='another process is writing'): chroma_encode.main([*args, str(out)])
         p.send_signal(signal.SIGKILL); kills += p.wait()==-signal.SIGKILL
     assert kills==2
-    again = run('encode', *args, '--output', out); assert again.returncode==0, again.stderr
+    chroma_encode.main([*args, str(out)]); assert capsys.readouterr().out.replace('parts','whole')==whole
     files = {p.name for p in (h.home/'whole').iterdir()}
     assert files=={p.name for p in out.iterdir() if not p.name.startswith('.')}
-    assert all((out/n).read_bytes()==(h.home/'whole'/n).read_bytes() for n in files) and again.stdout.replace('parts','whole')==whole.stdout
+    assert all((out/n).read_bytes()==(h.home/'whole'/n).read_bytes() for n in files)
     index = Index.open(out, verify=True)
     assert all(h.texts[int(r['id'][1:])][r['start']:r['end']]==r['text'] for r in (index.rows[i] for i in range(0, len(index), 7)))
     print(f'{kills} kills, {len(index)} passages, the same bytes')
@@ -91,17 +88,17 @@ def test_small_weights_and_codes_in_sentence_transformers(h, tmp_path):
 
 def test_threads(h):
     "Eight threads, texts of their own, one model: each gets what it would alone."
-    every = [h.texts[i::8]+list(HOSTILE[:-1]) for i in range(8)]
+    every = [h.texts[i:120:8]+list(HOSTILE[:-1]) for i in range(8)]
     want,got,faults = [h.ours.encode(t) for t in every],[None]*8,[]
     def work(i):
         try:
-            for _ in range(3): got[i] = h.ours.encode(every[i], batch_tokens=512); assert np.abs(got[i]-want[i]).max()<1e-5
+            for _ in range(2): got[i] = h.ours.encode(every[i], batch_tokens=512); assert np.abs(got[i]-want[i]).max()<1e-5
         except Exception as e: faults.append(e)
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for t in threads: t.start()
     for t in threads: t.join()
     assert not faults, faults[0]
-    print(f'{8*3} calls, {sum(map(len, every))} texts')
+    print(f'{8*2} calls, {sum(map(len, every))} texts')
 
 def test_hub_out_of_reach(h, monkeypatch):
     "A name on the hub, loaded and pushed with no hub: one sentence."
