@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Texts', 'encode_files', 'chroma_encode']
 
-# %% ../nbs/22a_encode.ipynb #65353191
+# %% ../nbs/22a_encode.ipynb #b4fed432
 import itertools, sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -8,11 +8,12 @@ __all__ = ['ELSEWHERE', 'ALL', 'BASELINES', 'WORLD_ROWS', 'NAMES', 'KIND_NAMES',
            'first_rows', 'comparisons', 'score_tables', 'comparison_table', 'detail_table', 'as_markdown', 'as_page',
            'write_results', 'collect', 'add_to_card', 'chroma_evaluate']
 
-# %% ../nbs/21e_evaluate.ipynb #da9211d4
+# %% ../nbs/21e_evaluate.ipynb #35991a60
 import difflib, hashlib, importlib, inspect, itertools, json, re
+from base64 import b64encode
 from functools import partial
 from pathlib import Path
-from .config import ChromaError, cli, need
+from .config import ChromaError, cli, load_config, need
 from .files import write_whole
 from .world import parse_size
 from .mixing import pairs, parse_weight, texts
@@ -22,7 +23,8 @@ from .encoder import ChromaMoE
 from .metrics import compare, paired_bootstrap
 from .training import tune_cpu
 from .charts import Markup, bar_chart, figure, section, side_by_side, table, tag, write_page
-from .evaluation import BM25, Bag, Dense, Hybrid, library_model, local_tasks, run_task, small_task, world_tasks
+from .evaluation import BM25, Bag, Dense, Hybrid, library_model, local_tasks, run_task, small_task, world_tasks, world_tests
+from .pictures import draw_all
 
 # %% ../nbs/21e_evaluate.ipynb #424dfe3e
 ELSEWHERE = dict(long_context='long_context', finmteb='mteb_tasks', mteb='mteb_tasks', esci='esci') # benchmark -> module that has its `run_...`
@@ -158,7 +160,7 @@ def leak_notes(
     counts = lambda t: {p: (sum(k in seen for k in rows), len(rows)) for (b,n,p),rows in parts.items() if (b,n)==(t.benchmark, t.name) and rows}
     return {(t.benchmark, t.name): _said(counts(t), gone) for t in tasks}
 
-# %% ../nbs/21e_evaluate.ipynb #74533001
+# %% ../nbs/21e_evaluate.ipynb #6baf9f4e
 def run_tasks(
     tasks:list,    # of `Task`
     systems:list,  # (system, key)
@@ -192,7 +194,7 @@ def run_elsewhere(
     rows = []
     for system,key in systems:
         first = system is systems[0][0]
-        if not (first or (isinstance(system, Dense) and name!='long_context')): continue
+        if not (first or name in ('mteb','finmteb') or (isinstance(system, Dense) and name=='esci')): continue
         def make():
             try: run = getattr(importlib.import_module(f'chroma_moe.{ELSEWHERE[name]}'), f'run_{name}')
             except ImportError as e: raise ChromaError(f"a library is missing ({e}): pip install {e.name or name}") from None
@@ -238,7 +240,7 @@ def comparisons(
             out.append(dict(benchmark=benchmark, task=task, metric=mine['metric'], against=name, difference=difference, low=low, high=high, wins=wins))
     return out
 
-# %% ../nbs/21e_evaluate.ipynb #27d76a9c
+# %% ../nbs/21e_evaluate.ipynb #3ad161d8
 NAMES = {'ndcg@10': 'nDCG@10', 'mrr@10': 'MRR@10', 'map@100': 'MAP@100', 'precision@10': 'P@10', 'recall@10': 'recall@10', 'recall@100': 'recall@100',
          'knn_accuracy': 'accuracy, 5 neighbours', 'v_measure': 'v-measure', 'ap': 'average precision', 'spearman': 'Spearman', 'pearson': 'Pearson'}
 KIND_NAMES = dict(retrieval='Retrieval', sts='Sentence similarity', classification='Classes', clustering='Groups', pair='Pairs', probe='Probes',
@@ -318,6 +320,7 @@ def _figure_cell(text):
 
 def as_page(
     results:dict, # of `chroma_evaluate`
+    pictures:list=(), # PNG files
 ) -> Markup:
     "The report as the body of a page."
     numbers = lambda body: [[r[0], *map(_figure_cell, r[1:])] for r in body]
@@ -335,16 +338,20 @@ def as_page(
     title,cells,body = detail_table(results)
     every = tag('details', tag('summary', f'{len(body):,} figures'), table(cells, numbers(body), title))
     glance = section('At a glance', side_by_side(charts, 'Scores'))
-    return tag('main', head, *(show(*t) for t in score_tables(results)), show(*comparison_table(results)), glance, *notes, section(title, every), made)
+    show_png = lambda p: Markup(f'<img alt="{p.stem}" src="data:image/png;base64,{b64encode(p.read_bytes()).decode()}" style="max-width:100%">')
+    shown = [tag('figure', show_png(p), tag('figcaption', p.stem.replace('_', ' '))) for p in map(Path, pictures)]
+    drawn = section('Pictures', side_by_side(shown, 'Pictures')) if shown else ''
+    return tag('main', head, *(show(*t) for t in score_tables(results)), show(*comparison_table(results)), glance, drawn, *notes, section(title, every), made)
 
 def write_results(
     out,          # folder
     results:dict, # model, fingerprint, debug, command, systems, rows, comparisons, leaks, failed
+    pictures:list=(), # PNG files to be shown on the page
 ):
     "Write the three files."
     out = Path(out)
     plain = results | dict(rows=[{k: v for k,v in r.items() if k!='resampled'} for r in results['rows']])
-    write_page(out/'results.html', f"Scores of {results['model']}", as_page(results))
+    write_page(out/'results.html', f"Scores of {results['model']}", as_page(results, pictures))
     write_whole(out/'results.md', as_markdown(results))
     write_whole(out/'results.json', json.dumps(plain, indent=1)+'\n')
 
@@ -391,13 +398,14 @@ def add_to_card(
             for k,of in first_rows(results['rows']).items() for r in of.values()]
     add_scores(folder, rows, results['model'], results['command'])
 
-# %% ../nbs/21e_evaluate.ipynb #7488376e
+# %% ../nbs/21e_evaluate.ipynb #a9c7002f
 @cli
 def chroma_evaluate(
     model:str='runs/demo/model', # folder of the model, or its name on the hub
     benchmark:list[str]=(),      # world, long_context, finmteb, mteb, esci, all, local:FOLDER; commas between several
     baselines:list[str]=(),      # bm25, bag, hybrid, st:NAME_OR_FOLDER; commas between several
     out:str='runs/evaluate',     # folder for results.json, results.md, results.html
+    pictures:bool=False,         # draw maps, similarities, sizes, lengths and experts on the built-in corpus, into OUT/pictures?
     debug:bool=False,            # a few items of each task only, to see whether it runs?
     card:bool=True,              # add the scores to the card of the model?
     device:str='cpu',            # cpu or cuda
@@ -409,7 +417,8 @@ def chroma_evaluate(
     encoder = ChromaMoE.from_pretrained(model, device=device)
     line = command_line('chroma_evaluate', model=model, benchmark=list(benchmark), baselines=list(baselines), debug=debug)
     results = collect(encoder, Path(model).resolve().name, asked, beside, out, debug, line)
-    write_results(out, results)
+    drawn = draw_all(encoder, world_tests(load_config(profile='tiny')), Path(out)/'pictures') if pictures else []
+    write_results(out, results, drawn)
     if card and not debug and Path(model).is_dir(): add_to_card(model, results)
     print('\n' + f'{TRIAL}\n\n'*debug + as_markdown(results).split('## Every figure')[0].split(READING)[1].strip())
     print(f"\n{Path(out)/'results.html'}, results.md, results.json")

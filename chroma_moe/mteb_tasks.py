@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MTEB_NAMES', 'FINMTEB', 'DOUBLED', 'MTEB_DEFAULT', 'need_mteb', 'trained_on', 'model_meta', 'find_prompt',
-           'MtebEncoder', 'FinTask', 'finmteb_tasks', 'stand_ins', 'offline', 'sentence', 'score_tasks', 'means',
-           'run_finmteb', 'mteb_tasks', 'run_mteb']
+           'MtebEncoder', 'MtebSystem', 'FinTask', 'finmteb_tasks', 'stand_ins', 'offline', 'sentence', 'score_tasks',
+           'means', 'run_finmteb', 'mteb_tasks', 'run_mteb']
 
 # %% ../nbs/21a_mteb_tasks.ipynb #ab10173b
 import contextlib, difflib, hashlib, json, logging, math, warnings
@@ -96,6 +96,32 @@ class MtebEncoder:
 
     def similarity(self, embeddings1, embeddings2): return _unit(embeddings1) @ _unit(embeddings2).T
     def similarity_pairwise(self, embeddings1, embeddings2): return (_unit(embeddings1)*_unit(embeddings2)).sum(-1)
+
+# %% ../nbs/21a_mteb_tasks.ipynb #1efccae9
+class MtebSystem:
+    "A system that ranks, as MTEB calls it."
+    def __init__(self, system): # has `rank`, and perhaps `vectors`
+        from mteb.models import ModelMeta
+        self.system,inner = system,getattr(getattr(system, 'dense', None), 'encoder', None)
+        none = dict.fromkeys(('release_date','languages','license','n_parameters','memory_usage_mb','max_tokens','embed_dim','open_weights',
+                              'public_training_code','public_training_data','use_instructions','training_datasets'))
+        self.mteb_model_meta = ModelMeta(name=f"chroma-moe/{system.name.replace(' ', '-')}", revision=getattr(inner, 'fingerprint', '1'), loader=None,
+                                         framework=[], similarity_fn_name='cosine', **none)
+
+    def index(self, corpus, **kw): # rows with id, title and text
+        self.corpus = {str(d['id']): '\n'.join(filter(None, (d.get('title'), d['text']))) for d in corpus}
+
+    def search(self, queries, *, top_k:int, top_ranked=None, **kw) -> dict: # query id -> {document id: score}
+        "The documents of each query, of all or of its own short list."
+        asked = {str(q['id']): q['text'] for q in queries}
+        if top_ranked is None: return self.system.rank(self.corpus, asked, top_k, scores=True)
+        return {q: self.system.rank({d: self.corpus[d] for d in top_ranked[q]}, {q: text}, top_k, scores=True)[q] for q,text in asked.items()}
+
+    def encode(self, inputs, *, prompt_type=None, **kw) -> np.ndarray: # (texts, width)
+        "Vectors of texts, of a system that has them."
+        return self.system.vectors([t for batch in inputs for t in batch['text']], 'query' if prompt_type and prompt_type.value=='query' else 'document')
+
+    similarity,similarity_pairwise = MtebEncoder.similarity,MtebEncoder.similarity_pairwise
 
 # %% ../nbs/21a_mteb_tasks.ipynb #b18a402a
 class FinTask(NamedTuple):
@@ -299,7 +325,7 @@ def sentence(
     copy = f'fetch it with `hf download {path} --repo-type dataset --local-dir DIR/{path.partition("/")[2]}` and give data=DIR'
     return f"{path}: {reason}: {remedy.partition(', or read')[0]}" + (f', or {copy}' if path in {f.data for f in FINMTEB.values()} else '')
 
-# %% ../nbs/21a_mteb_tasks.ipynb #dbba83e8
+# %% ../nbs/21a_mteb_tasks.ipynb #31feb9df
 _KINDS = dict(STS='sts', PairClassification='pair', Summarization='summarisation')
 _METRICS = dict(cosine_spearman='spearman', ndcg_at_10='ndcg@10', ndcg_at_5='ndcg@5', map_at_1000='map', max_ap='ap', v_measure='v-measure')
 
@@ -313,6 +339,7 @@ def _row(benchmark, task, kind, metric, value, system, note=''):
 def _model(encoder, prompts=None):
     "(what MTEB can call, name for tables) of an encoder, or of a system around one."
     inner = encoder if hasattr(encoder, 'mteb_model_meta') else getattr(encoder, 'encoder', encoder)
+    if hasattr(inner, 'rank'): return MtebSystem(inner), inner.name
     return MtebEncoder(inner, prompts=prompts) if isinstance(inner, ChromaMoE) else inner, getattr(encoder, 'name', type(inner).__name__)
 
 def _mark(model):
@@ -338,6 +365,8 @@ def score_tasks(
     rows,mark = [],'-'.join(filter(None, (_mark(model), words)))
     for t in tasks:
         m,value,said = t.metadata,None,note
+        if isinstance(model, MtebSystem) and not hasattr(model.system, 'vectors') and m.type not in ('Retrieval','Reranking'):
+            rows.append(_row(benchmark, m.name, m.type, m.main_score, None, system, f'{system} ranks and has no vectors: no score of this kind')); continue
         try:
             with _quiet(), offline() if trouble else contextlib.nullcontext():
                 cache = mteb.ResultCache(Path(out)/benchmark.replace('/', '_')/m.dataset['revision'].replace(' ', '_')[:12]/mark)
@@ -387,7 +416,7 @@ def run_finmteb(
     rows = score_tasks(encoder, finmteb_tasks(tasks, data), out, 'finmteb', note, trouble, prompts)
     return rows if debug else rows+means(rows, system)
 
-# %% ../nbs/21a_mteb_tasks.ipynb #a0ca1fdf
+# %% ../nbs/21a_mteb_tasks.ipynb #dad2e121
 MTEB_DEFAULT = ('NanoFiQA2018Retrieval','FiQA2018','FinancialPhrasebankClassification.v2','Banking77Classification.v2','STSBenchmark')
 
 def mteb_tasks(
@@ -415,6 +444,8 @@ def run_mteb(
     "Score a model on tasks of MTEB."
     mteb = need_mteb()
     model,system = _model(encoder, prompts)
+    if debug and isinstance(model, MtebSystem):
+        return [_row('mteb', 'mock tasks', 'conformance', 'share that ran', None, system, 'the mock tasks are for encoders')]
     if debug:
         with _quiet(): r = mteb.mock_run(model).task_results
         ran = [k for k,v in r.items() if v is not None and hasattr(v, 'scores')]; failed = [k for k,v in r.items() if v is not None and k not in ran]

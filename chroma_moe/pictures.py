@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'MARKS', 'WAYS', 'FUNCTION_WORDS', 'principal', 't_sne', '
            'size_scores', 'size_figure', 'size_table', 'token_classes', 'Atlas', 'expert_words', 'expert_atlas',
            'atlas_figure', 'by_length', 'length_scores', 'length_figure', 'draw_all']
 
-# %% ../nbs/21d_pictures.ipynb #f7e2ed67
+# %% ../nbs/21d_pictures.ipynb #66862327
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_words', 'BM25', 'bm25_run', 'Bag', 'Dense', 'dense_run', 'library_model', 'Hybrid']
 
-# %% ../nbs/20c_systems.ipynb #55269c2c
+# %% ../nbs/20c_systems.ipynb #459c22ca
 import hashlib, zlib
 from pathlib import Path
 import bm25s, numpy as np, snowballstemmer

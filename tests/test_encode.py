@@ -11,7 +11,7 @@ from chroma_moe.encoder import ChromaMoE
 from chroma_moe.indexing import Index
 from chroma_moe.model import ChromaModel
 from chroma_moe.precision import dequantise
-from chroma_moe.search import chroma_search
+from chroma_moe.searching import chroma_search
 from chroma_moe.tokenizer import HOSTILE, ChromaTokenizer
 
 torch.set_num_threads(1)
@@ -57,7 +57,8 @@ def test_search_command(h, capsys, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     out = h.home/'index'; chroma_encode.main([*map(str, (*h.args, '--output', out))])
     asked = ['wool sock', 'bond yield fell']
-    found = run('search', '--model', h.home/'model', '--index', out, '--top-k', 3, '--json', stdin='\n'.join(asked)); assert found.returncode==0, found.stderr
+    found = run('searching', '--model', h.home/'model', '--index', out, '--top-k', 3, '--json', stdin='\n'.join(asked))
+    assert found.returncode==0, found.stderr
     for line,q in zip(found.stdout.splitlines(), asked):
         want = h.ours.search(q, Index.open(out), 3)
         assert [x['id'] for x in json.loads(line)['hits']]==[x['id'] for x in want] and json.loads(line)['query']==q
@@ -74,7 +75,7 @@ def test_search_command(h, capsys, monkeypatch):
 
 def test_small_weights_and_codes_in_sentence_transformers(h, tmp_path):
     "bf16 and int8 folders load there too, and its quantisation agrees with ours."
-    import chroma_moe.hf
+    import chroma_moe.hf                       # noqa: F401, makes the folder known
     from sentence_transformers import SentenceTransformer, quantize_embeddings
     texts,gaps = h.texts[:40],{}
     for weights in ('float32','bfloat16','int8'):
@@ -103,6 +104,7 @@ def test_threads(h):
 def test_hub_out_of_reach(h, monkeypatch):
     "A name on the hub, loaded and pushed with no hub: one sentence."
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    for f,said in ((lambda: ChromaMoE.from_pretrained('some/model'), 'give the path of a folder'), (lambda: h.ours.push_to_hub('some/model'), 'could not be put on the hub')):
+    for f,said in ((lambda: ChromaMoE.from_pretrained('some/model'), 'give the path of a folder'),
+                   (lambda: h.ours.push_to_hub('some/model'), 'could not be put on the hub')):
         with pytest.raises(ChromaError, match=said): f()
     print('both refused')
