@@ -37,7 +37,7 @@ test: test-notebooks test-python  ## run every test that needs no GPU and no lon
 
 test-notebooks: $(STAMP)
 	@echo "Running every notebook as a test: nbdev_test"
-	@$(BIN)/nbdev_test --n_workers 2 --do_print
+	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
 test-python: $(STAMP)
 	@echo "Running tests/ in two processes: pytest -n 2 --dist loadfile $(ARGS)"
@@ -52,7 +52,7 @@ test-long: $(STAMP)  ## run the slow cells and tests too, and the GPU ones where
 docs: $(STAMP)  ## build the doc site in _docs/, offline; warnings are errors: nbs/_site/prep.py, sphinx-build
 	@echo "Building the site from the notebooks"
 	@$(BIN)/python nbs/_site/prep.py
-	@$(BIN)/python -m sphinx -q -W --keep-going -b html -c nbs/_site doc_src _docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -j 2 -b html -c nbs/_site doc_src _docs
 	@echo "Open _docs/index.html"
 
 notebook: $(STAMP)  ## open the book in JupyterLab

@@ -12,3 +12,6 @@ html_theme,html_static_path,html_css_files = 'furo', ['_static'], ['custom.css']
 html_show_sourcelink = html_copy_source = False
 html_use_index = False
 html_show_search_summary = False  # the summaries are fetched page by page, which browsers refuse for files on disk
+
+def setup(app): # the extension writes one path into a page and says nothing about parallel reading
+    app.extensions['sphinx-mathjax-offline'].parallel_read_safe = True

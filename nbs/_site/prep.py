@@ -24,7 +24,7 @@ def processed(nbs):
         copy = Path(shutil.copytree(nbs, Path(tmp)/'nbs', ignore=shutil.ignore_patterns('_*','.*')))
         for f in copy.rglob('*.ipynb'): f.write_bytes(re.sub(rb'("|\\n)#\|\s*export\b', rb'\1#| exports', f.read_bytes()))
         shutil.rmtree(root/'_proc', ignore_errors=True)
-        return proc_nbs(path=copy, n_workers=0)
+        return proc_nbs(path=copy, n_workers=2)
 
 def callouts(s):
     "Quarto's `::: {.callout-note}` boxes as MyST admonitions."
