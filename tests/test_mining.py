@@ -164,6 +164,7 @@ for n in (1_000, 6_000):
     mine_pairs('p.jsonl', 'out.jsonl', rules=Rules(negatives=2, last=5), block=256, overwrite=True)
     print(peak())
 '''
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_pairs(tmp_path):
     r = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, env=ENV, cwd=tmp_path, timeout=300)
     assert r.returncode==0, r.stderr

@@ -172,6 +172,7 @@ def test_killed(home, tmp_path, whole):
     off = furthest(out, whole); assert off<1e-4, off
     print(f'two processes killed after {at}, one went on: weights within {off:.0e}')
 
+@pytest.mark.long
 def test_signal(home, tmp_path, whole):
     out = tmp_path/'run'; p = tuned(home, out, 'train.micro_tokens=100', 'tune.retain=0.5', 'tune.mix=source', 'tune.batches=2')
     assert wait_for(p, lambda: last_step(out)>=4); p.kill(signal.SIGTERM); assert 'stopped by SIGTERM' in p.end(143)

@@ -108,7 +108,7 @@ def build(out=root/'doc_src'):
         if page=='index': (root/'README.md').write_text(readme(cells), encoding='utf-8'); index = cells
         for c in cells: c.source = links(c.source, labels, names) if c.cell_type=='markdown' else c.source
         section = {'tutorials':'Tutorials', 'howto':'How-to'}.get(str(folder), 'The book' if stem[0].isdigit() else 'Project')
-        number = f'{stem.partition("_")[0].lstrip("0") or 0} · ' if section=='The book' else ''
+        number = f'{stem.partition("_")[0].removeprefix("0")} · ' if section=='The book' else ''
         if page!='index': toc[section].append(f'{number}{title} <{folder/page}>'); write_nb(new_nb(cells, meta=PYTHON), out/folder/f'{page}.ipynb')
         if cards:
             toc['Reference'].append(f'api/{page}')
