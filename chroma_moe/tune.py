@@ -27,6 +27,7 @@ from .metrics import score_run
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start
 from .training import Feed, Part, Trainer, check_out, epochs, tune_cpu
+from .directions import turn_attention
 from .losses import Contrast, Group, check_loss
 from .gradcache import Batch, GradCache, Rows, cut
 
@@ -306,6 +307,7 @@ def chroma_tune(
     ranks = start(c.train.precision)
     first = ChromaMoE.from_pretrained(pretrained)
     check_out(out, resume)
+    if c.tune.both_ways: first.model = turn_attention(first.model)
     c = replace(c, model=first.model.m)                                                # the shape is the folder's, whatever the profile
     p,held = load_pairs(c, first.tokenizer)
     if not held: ranks.say('no held-out pairs: give data.valid_pairs=FILE to see how well queries are answered that are not trained on')
