@@ -378,7 +378,7 @@ class TuneConfig:
     instructions:tuple[str,...] = () # what the queries want, TEXT or SOURCE=TEXT; () is what the rows say, '' is nothing
     query_length:int = 0       # tokens of a query before it is cut; 0 is data.max_length
     best:bool = True           # end with the weights that did best on held-out pairs?
-    both_ways:bool = True      # let each token see all of its text, also in a model that was pre-trained on next tokens?
+    both_ways:bool = False     # let each token see all of its text, also in a model that was pre-trained on next tokens?
     seed:int = 0               # order of the pairs
 
     def __post_init__(self):
