@@ -65,13 +65,16 @@ def bench():
         out = subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, check=True).stdout
         said[kind] = float(out)
         rows.append(dict(name=f'cache bytes a token, {kind}, measured and counted', ours=said[kind], peer=float(cache_bytes(shaped(kind), 4)),
-                         ratio=cache_bytes(shaped(kind), 4)/said[kind], target=0.95, conditions=f'{WHAT}; ours is the growth of the process, peer what cache_bytes counts'))
+                         ratio=cache_bytes(shaped(kind), 4)/said[kind], target=0.95,
+                         conditions=f'{WHAT}; ours is the growth of the process, peer what cache_bytes counts'))
     for length in LENGTHS:
         seconds = dict(zip(KINDS, medians(*(stepper(kind, length) for kind in KINDS))))
-        for kind in KINDS: rows.append(dict(name=f'decoding step, {kind}, after {length} tokens', ours=seconds[kind], peer=seconds['mha'],
-                                            ratio=seconds['mha']/seconds[kind], target=None, conditions=f'{WHAT}; peer: mha'))
+        for kind in KINDS:
+            rows.append(dict(name=f'decoding step, {kind}, after {length} tokens', ours=seconds[kind], peer=seconds['mha'],
+                             ratio=seconds['mha']/seconds[kind], target=None, conditions=f'{WHAT}; peer: mha'))
     cached,whole = medians(stepper('mla', 512), again('mla', 513), rounds=3)
-    rows.append(dict(name='a token with the cache, after 512', ours=cached, peer=whole, ratio=whole/cached, target=10., conditions=f'{WHAT}, mla; peer: the text read again'))
+    rows.append(dict(name='a token with the cache, after 512', ours=cached, peer=whole, ratio=whole/cached, target=10.,
+                     conditions=f'{WHAT}, mla; peer: the text read again'))
     return rows
 
 if __name__=='__main__': print(grown(sys.argv[1]))

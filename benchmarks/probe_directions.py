@@ -66,8 +66,8 @@ def main():
             tune(load_config(profile='tiny', sets=sets), model, ready, progress=False)
             encoder = ChromaMoE(model, tokenizer, 256); s = evaluate_world(encoder, tests)
             x,y = (encoder.encode_document([r[k] for r in tests['sts']]) for k in 'ab')
-            keep(variant=v, seed=seed, **{d: s[d]['ndcg@10'] for d in DOMAINS}, order=s['order'], sts=spearman((x*y).sum(-1), [r['score'] for r in tests['sts']]),
-                 **told.get(o, {}))
+            keep(variant=v, seed=seed, **{d: s[d]['ndcg@10'] for d in DOMAINS}, order=s['order'],
+                 sts=spearman((x*y).sum(-1), [r['score'] for r in tests['sts']]), **told.get(o, {}))
 
     figures = (*DOMAINS, 'order', 'sts')
     print(f"\n{'phase 1':18}{'seeds':>6}" + ''.join(f'{k:>18}' for k in figures) + f"{'perplexity':>12}")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Sampling', 'next_probabilities', 'draw', 'Writer', 'find_stop', 'Tail', 'Piece', 'Written', 'ChromaLM']
 
-# %% ../nbs/22_generation.ipynb #ec145da2
-import itertools, math
+# %% ../nbs/22_generation.ipynb #b9fab06b
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

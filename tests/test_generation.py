@@ -24,13 +24,17 @@ from chroma_moe.tune import chroma_tune
 from chroma_moe.world import World
 
 ROOT = Path(__file__).parents[1]
-TWIN = ['model.vocab_size=512','model.dim=32','model.layers=4','model.max_length=96','model.attention.heads=4','model.attention.head_dim=8','model.moe.expert_dim=16',
-        'model.moe.dense_dim=16','model.pooling.heads=4','model.pooling.out_dim=32'] # of blues
+TWIN = ['model.vocab_size=512','model.dim=32','model.layers=4','model.max_length=96','model.attention.heads=4','model.attention.head_dim=8',
+        'model.moe.expert_dim=16','model.moe.dense_dim=16','model.pooling.heads=4','model.pooling.out_dim=32'] # of blues
 KINDS = dict(mla=[], mla_latent_queries=['model.attention.q_rank=24'], gqa=['model.attention.kind=gqa','model.attention.kv_heads=2'],
-             mqa=['model.attention.kind=mqa'], mha=['model.attention.kind=mha'], learned=['model.attention.kind=mha','model.positions=learned','model.norm=layer'],
-             yarn=['model.attention.yarn_factor=4','model.attention.yarn_original=64'], dense=['model.moe.experts=0'], sigmoid=['model.moe.score=sigmoid','model.moe.bias_rate=0.01'])
+             mqa=['model.attention.kind=mqa'], mha=['model.attention.kind=mha'],
+             learned=['model.attention.kind=mha','model.positions=learned','model.norm=layer'],
+             yarn=['model.attention.yarn_factor=4','model.attention.yarn_original=64'], dense=['model.moe.experts=0'],
+             sigmoid=['model.moe.score=sigmoid','model.moe.bias_rate=0.01'])
 
-def small(*sets): return load_config(profile='tiny', sets=['pretrain.objective=clm','model.vocab_size=512','model.dim=32','model.max_length=128','model.layers=3',*sets]).model
+def small(*sets):
+    return load_config(profile='tiny', sets=['pretrain.objective=clm','model.vocab_size=512','model.dim=32','model.max_length=128','model.layers=3',
+                                             *sets]).model
 def some(seed, *lengths):
     g = torch.Generator().manual_seed(seed)
     return [[BOS, *torch.randint(6, 512, (n,), generator=g).tolist()] for n in lengths]
@@ -66,8 +70,8 @@ def test_trains_on_merged_stores(tmp_path):
 
 def test_every_profile_predicts_next_tokens():
     "A step of each profile's own build, small: finite, and the last token changes nothing before it."
-    small_sets = dict(full=['model.dim=32','model.layers=2','model.attention.heads=4','model.attention.q_rank=16','model.attention.kv_rank=8','model.attention.nope_dim=8',
-                            'model.attention.rope_dim=8','model.attention.v_dim=16','model.moe.expert_dim=8','model.moe.shared_dim=8'],
+    small_sets = dict(full=['model.dim=32','model.layers=2','model.attention.heads=4','model.attention.q_rank=16','model.attention.kv_rank=8',
+                            'model.attention.nope_dim=8','model.attention.rope_dim=8','model.attention.v_dim=16','model.moe.expert_dim=8','model.moe.shared_dim=8'],
                       debug=['model.dim=32','model.moe.expert_dim=8','model.moe.shared_dim=8'], t4=['model.dim=32','model.moe.dense_dim=32'],
                       classic=['model.dim=32','model.moe.dense_dim=32','model.dropout=0'], tiny=['model.dim=32'], blues=TWIN)
     for profile,sets in small_sets.items():
@@ -98,7 +102,8 @@ def iter_parts(c, texts):
 
 def test_contradictions_are_refused():
     for sets,says in ((['pretrain.objective=clm','model.attention.causal=false'], 'leave model.attention.causal out'),
-                      (['model.attention.causal=true'], 'set pretrain.objective=clm'), (['pretrain.objective=clm','pretrain.corrupt=0.1'], 'set pretrain.corrupt=0'),
+                      (['model.attention.causal=true'], 'set pretrain.objective=clm'), (['pretrain.objective=clm','pretrain.corrupt=0.1'],
+                       'set pretrain.corrupt=0'),
                       (['pretrain.objective=next'], 'give mlm (hidden spans) or clm')):
         with pytest.raises(ChromaError) as e: pretrain(load_config(profile='tiny', sets=sets), [[2,7,3]], progress=False)
         assert says in str(e.value); print(e.value)
@@ -206,9 +211,9 @@ def test_stop_strings_in_pieces(lm):
     assert ''.join(pieces)==lm.tokenizer.decode(lm.tokenizer.encode([text], max_length=500)[0]) and '\ufffd' not in ''.join(pieces)
 
 @pytest.mark.parametrize('kw,says', [
-    (dict(top_p=0), 'set temperature to 0'), (dict(top_p=1.1), 'top_p is 1.1'), (dict(temperature=-1), 'give 0 (the likeliest'), (dict(temperature=math.inf), 'temperature is inf'),
-    (dict(top_k=-3), 'top_k is -3'), (dict(repetition_penalty=0), 'repetition penalty is 0'), (dict(max_length=0), 'at least 1'), (dict(stop=['']), 'a stop string is empty'),
-    (dict(max_length=500), 'write at most')])
+    (dict(top_p=0), 'set temperature to 0'), (dict(top_p=1.1), 'top_p is 1.1'), (dict(temperature=-1), 'give 0 (the likeliest'),
+    (dict(temperature=math.inf), 'temperature is inf'), (dict(top_k=-3), 'top_k is -3'), (dict(repetition_penalty=0), 'repetition penalty is 0'),
+    (dict(max_length=0), 'at least 1'), (dict(stop=['']), 'a stop string is empty'), (dict(max_length=500), 'write at most')])
 def test_refusals(lm, kw, says):
     with pytest.raises(ChromaError) as e: lm.generate('Net sales', **kw)
     assert says in str(e.value); print(e.value)
@@ -257,10 +262,11 @@ def run(name, *args, cwd):
 def test_killed_and_resumed(tmp_path, lm):
     "A run on next tokens that is stopped goes on to the same weights."
     lm.tokenizer.save(tmp_path/'tok')
-    args = ['--profile','blues','--no_progress', *(x for s in [*TWIN,'data.size=300','data.max_length=64','tokenizer.path=tok','pretrain.steps=30','pretrain.batch_tokens=512',
-            'train.save_every=5','train.eval_size=20'] for x in ('--set', s))]
+    args = ['--profile','blues','--no_progress', *(x for s in [*TWIN,'data.size=300','data.max_length=64','tokenizer.path=tok','pretrain.steps=30',
+            'pretrain.batch_tokens=512','train.save_every=5','train.eval_size=20'] for x in ('--set', s))]
     assert run('pretrain', *args, '--out', 'whole', cwd=tmp_path).returncode==0
-    p = subprocess.Popen([sys.executable,'-m','chroma_moe.pretrain', *args, '--out','cut'], cwd=tmp_path, env=os.environ|dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+    p = subprocess.Popen([sys.executable,'-m','chroma_moe.pretrain', *args, '--out','cut'], cwd=tmp_path,
+                         env=os.environ|dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
     for _ in range(1200):
         if list((tmp_path/'cut').glob('checkpoints/step-*')) or p.poll() is not None: break
         time.sleep(.05)
