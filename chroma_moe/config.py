@@ -132,10 +132,14 @@ class PoolingConfig:
     latents:int = 64           # L, trainable latents
     heads:int = 8              # heads of the attention between latents and tokens
     out_dim:int = 512          # width of the embedding
+    log_counts:bool = False    # in a mean, does a token that occurs c times in a text count 1 + log c times?
 
     def __post_init__(self):
         need(self.kind in POOLINGS, f"model.pooling.kind is '{self.kind}': give one of {', '.join(POOLINGS)}")
         for k in ('latents','heads','out_dim'): need(getattr(self,k)>0, f'model.pooling.{k} is {getattr(self,k)}: it must be at least 1')
+
+        need(not self.log_counts or self.latent or self.kind.startswith('mean'), f"model.pooling.log_counts is true and model.pooling.kind is '{self.kind}', "
+             'which takes no mean: set model.pooling.kind=mean, or leave log_counts out')
 
     @property
     def latent(self): return self.kind.startswith('latent')
@@ -360,6 +364,7 @@ class TuneConfig:
     "Phase 2: contrastive tuning."
     steps:int = 1000           # optimizer steps
     batch_pairs:int = 128      # pairs in a step
+    batch_tokens:int = 0       # a batch ends early at so many tokens; 0 is never
     lr:float = 1e-4            # peak learning rate
     min_lr:float = 1e-5        # learning rate at the end
     warmup:float = 0.05        # share of the steps to reach the peak
@@ -375,6 +380,7 @@ class TuneConfig:
     retain:float = 0.          # share of the chunks of train.micro_tokens that keep their graph, so that they run once
     batches:int = 1            # the pairs of a step are so many batches, whose pairs do not see each other
     mix:str = 'blend'          # a batch is a 'blend' of all sources, or from one 'source'
+    even:float = 1.            # mix=source: a source with n pairs is drawn in proportion to n**even; 1 is by size, 0 all alike
     instructions:tuple[str,...] = () # what the queries want, TEXT or SOURCE=TEXT; () is what the rows say, '' is nothing
     query_length:int = 0       # tokens of a query before it is cut; 0 is data.max_length
     best:bool = True           # end with the weights that did best on held-out pairs?
@@ -387,6 +393,8 @@ class TuneConfig:
         need(self.batches>0 and self.batch_pairs%self.batches==0 and self.batch_pairs>=2*self.batches, f'tune.batches is {self.batches} and '
              f'tune.batch_pairs is {self.batch_pairs}: the pairs must divide evenly, two at least in a batch')
         need(self.mix in ('blend','source'), f"tune.mix is '{self.mix}': give blend or source")
+        need(self.batch_tokens>=0, f'tune.batch_tokens is {self.batch_tokens}: it cannot be negative, 0 is no limit')
+        need(0<=self.even<=1, f'tune.even is {self.even}: give 0 (all sources alike) to 1 (by size)')
         need(0<=self.retain<=1, f'tune.retain is {self.retain}: give a share between 0 and 1')
         need(self.negatives>=0, f'tune.negatives is {self.negatives}: it cannot be negative')
         need(self.teacher>0, f'tune.teacher is {self.teacher}: it must be positive')

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
-from torch import nn
+from torch import nn, Tensor
 from torch.nn import functional as F
 from .config import ChromaError, Config, cli, load_config, need, to_yaml
 from .mixing import pairs
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .packing import Packed
-from .pooling import segment_mean
-from .model import ChromaModel
+from .pooling import count_weights, segment_mean
+from .model import ChromaModel, writes_stream
 from .indexing import nearest
 from .card import add_phase, command_line, seen_in, settings_of
 from .encoder import ASK, ChromaMoE, encode_texts
@@ -151,13 +151,22 @@ class PairBatches:
         self.step = state['step']
         for o,s in zip(self.orders, state['orders']): o.load(s)
 
+    def tokens(self, i:int) -> int: return len(self.p.queries[i])+sum(len(self.p.tokens[d]) for d in self.p.docs[i]) # of a row
+
+    def rows(self, k:int) -> list[int]: # of one batch
+        "The next rows of pool `k`, as many as fit."
+        t,rows,used = self.c.tune,[],0
+        while len(rows)<min(t.batch_pairs//t.batches, len(self.pools[k])) and (len(rows)<2 or not t.batch_tokens or used<t.batch_tokens//t.batches):
+            rows.append(int(self.pools[k][next(self.orders[k])[1]])); used += self.tokens(rows[-1])
+        return rows
+
     def draw(self) -> list: # (loss, rows) of each group of the next step
         "Rows of a step, those of one batch and one loss together."
         t,p,groups = self.c.tune,self.p,[]
-        sizes = np.array([len(pool) for pool in self.pools])
+        sizes = np.array([len(pool) for pool in self.pools])**t.even
         chosen = np.random.default_rng((t.seed, 1, self.step)).choice(len(sizes), t.batches, p=sizes/sizes.sum())
         for k in chosen:
-            rows,by_loss = [int(self.pools[k][next(self.orders[k])[1]]) for _ in range(t.batch_pairs//t.batches)],{}
+            rows,by_loss = self.rows(k),{}
             for i in rows: by_loss.setdefault(p.loss[p.source[i]], []).append(i)
             groups += by_loss.items()
         self.step += 1
@@ -165,7 +174,7 @@ class PairBatches:
 
     def __next__(self) -> list[Part]:
         p,groups = self.p,self.draw()
-        size = [len(p.queries[i])+sum(len(p.tokens[d]) for d in p.docs[i]) for _,rows in groups for i in rows]
+        size = [self.tokens(i) for _,rows in groups for i in rows]
         mine,at,share = {*deal(size, self.ranks.n)[0][self.ranks.rank]},0,[]
         for loss,rows in groups: share.append((loss, [i for j,i in enumerate(rows, at) if j in mine])); at += len(rows)
         batch = make_batch(p, share, self.c.train.micro_tokens)
@@ -244,28 +253,48 @@ def take_best(run:Trainer):
 
 # %% ../nbs/20_tune.ipynb #f51895a0
 class TokenBag(nn.Module):
-    "The mean of token embeddings."
-    def __init__(self, vocab_size:int, dim:int, seed:int=0):
+    "The mean of token embeddings; with `importance`, each times what the token is worth, and repeated tokens on a log scale."
+    def __init__(self,
+        vocab_size:int,
+        dim:int,
+        seed:int=0,
+        importance:Tensor|None=None, # (V,) positive, what each token is worth to begin with; it is learned
+    ):
         super().__init__()
         self.embedding,self.embed_dim = nn.Embedding(vocab_size, dim),dim
         nn.init.normal_(self.embedding.weight, generator=torch.Generator().manual_seed(seed))
+        self.log_importance = None if importance is None else nn.Parameter(importance.log())
+
+    @property
+    def vectors(self) -> Tensor: # (V, dim)
+        "What each token brings to the sum."
+        return self.embedding.weight if self.log_importance is None else self.embedding.weight*self.log_importance.exp()[:,None]
 
     def embed(self, batch:Packed) -> tuple: # -> (B, dim) unit vectors, no routing
         "A vector for each text."
-        return batch.restore(F.normalize(segment_mean(self.embedding(batch.ids), batch), dim=-1)), None
+        if self.log_importance is None: return batch.restore(F.normalize(segment_mean(self.embedding(batch.ids), batch), dim=-1)), None
+        worth = count_weights(batch)*self.log_importance[batch.ids].exp()
+        total = F.embedding_bag(batch.ids, self.embedding.weight, batch.cu_seqlens[:-1].long(), mode='sum', per_sample_weights=worth)
+        return batch.restore(F.normalize(total, dim=-1)), None
 
 # %% ../nbs/20_tune.ipynb #d0263bbe
 @torch.no_grad()
 def start_from_bag(
     model:ChromaModel, # its width, and that of its output, are the bag's
     bag:TokenBag,
+    silent:bool=False, # set what the blocks write to zero?
 ):
     "Give `model` the word vectors of `bag`."
-    m,vectors = model.m,bag.embedding.weight
+    m,vectors = model.m,bag.vectors
+    weighted = bag.log_importance is not None
+    need(m.pooling.log_counts==weighted, f'model.pooling.log_counts is {m.pooling.log_counts}, and the bag counts words {"on a log scale" if weighted else "as they come"}: '
+         f'set model.pooling.log_counts={str(weighted).lower()}')
     need(m.pooling.out_dim==m.dim==bag.embed_dim, f'the bag has width {bag.embed_dim}, the model {m.dim} and its output {m.pooling.out_dim}: '
          'they must be equal')
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
     model.pool.project.weight.copy_(torch.eye(m.dim))
+    for name,p in model.named_parameters():
+        if silent and writes_stream(name): p.zero_()
 
 # %% ../nbs/20_tune.ipynb #c41c7d9d
 def load_pairs(
