@@ -10,14 +10,14 @@ from .config import ModelConfig
 
 # %% ../nbs/22d_caches.ipynb #f9816b2b
 def cache_width(
-    m:ModelConfig,
+    m:ModelConfig, # kind and widths of attention
 ) -> int: # numbers
     "What a layer keeps of a token."
     a = m.attention
     return a.kv_rank+a.rope_dim if a.kind=='mla' else 2*a.groups*a.width
 
 def cache_bytes(
-    m:ModelConfig,
+    m:ModelConfig, # kind and widths of attention, and layers
     number:int=2, # bytes of a number: 2 in bfloat16, 4 in float32
 ) -> int:
     "What a model keeps of a token, over all layers."

@@ -12,7 +12,7 @@ from .model import ChromaModel
 
 # %% ../nbs/16a_directions.ipynb #6396e48f
 def turn_attention(
-    model:ChromaModel,
+    model:ChromaModel, # whose weights are used
     causal:bool=False, # does a token see only itself and what stands before it?
 ) -> ChromaModel: # on the same tensors; `model` itself where it looks that way already
     "The same weights, looking both ways, or back only."

@@ -17,8 +17,8 @@ from .generation import ChromaLM
 
 # %% ../nbs/22c_generate.ipynb #7bf1f30f
 def show_reading(
-    name:str,
-    r:Reading,
+    name:str,  # what was read
+    r:Reading, # what came of it
 ) -> str: # one line
     "What was made of some text."
     size = f', {r.bits_per_byte:.3f} bits a byte' if r.bytes else ''

@@ -43,7 +43,7 @@ class Sampling:
 # %% ../nbs/22_generation.ipynb #3a2e77f1
 def next_probabilities(
     scores_BV:Tensor,  # of the vocabulary; -inf is never chosen
-    s:Sampling,
+    s:Sampling,        # how to trim
     seen_BV:Tensor|None=None, # True for tokens that occurred in each text; needed for the penalty
 ) -> Tensor: # (B, V)
     "What the next token is drawn from."
@@ -83,7 +83,7 @@ class Writer:
     def __init__(self,
         model:ChromaModel,  # causal
         texts:list,         # token ids of each
-        s:Sampling,
+        s:Sampling,         # how each token is chosen
         length:int,         # tokens to write, at most
         allowed:Tensor|None=None, # (V,) True for tokens that may be written; None is all
         numbers:list[int]|None=None, # of the texts, on which their random numbers depend; by default 0, 1, ...
@@ -119,7 +119,9 @@ class Writer:
         self.seen.scatter_(1, self.next[:,None], True)
         return dict(zip(self.live, self.next.tolist()))
 
-    def drop(self, numbers):
+    def drop(self,
+        numbers:set,        # of the texts, as in `live`
+    ):
         "These texts are done."
         rows = [i for i,n in enumerate(self.live) if n not in numbers]
         if len(rows)==len(self.live): return
@@ -129,7 +131,7 @@ class Writer:
 
 # %% ../nbs/22_generation.ipynb #ca1a0d98
 def find_stop(
-    text:str,
+    text:str,        # what was written
     stops:list[str], # none empty
 ) -> tuple|None: # where it begins and ends
     "The stop string in `text` that is complete first."
@@ -139,7 +141,7 @@ def find_stop(
 class Tail:
     "Turns tokens into text, piece by piece."
     def __init__(self,
-        tokenizer:ChromaTokenizer,
+        tokenizer:ChromaTokenizer, # that made the tokens
         ids:list[int],         # of the prompt
         stops:list[str]=(),    # strings that end the text
     ):
@@ -205,7 +207,9 @@ class ChromaLM(ChromaMoE):
         self.allowed[EOS] = True
         if (unknown := _unknown(tokenizer)) is not None: self.allowed[unknown] = False
 
-    def prompt_ids(self, prompts:list[str]) -> list[list[int]]:
+    def prompt_ids(self,
+        prompts:list[str],      # beginnings of texts
+    ) -> list[list[int]]:
         "Token ids of prompts: `<bos>`, and no end."
         ids,unknown = [t[:-1] for t in self.tokenizer.encode(prompts, BOS, 1<<30)],_unknown(self.tokenizer)
         for i,t in enumerate(ids):
@@ -214,7 +218,7 @@ class ChromaLM(ChromaMoE):
         return ids
 
     def stream(self,
-        prompts:list[str],
+        prompts:list[str],      # beginnings of texts
         max_length:int=100,     # tokens to write after each, at most
         temperature:float=0.8,  # 0 takes the likeliest token, always
         top_k:int=50,           # so many of the likeliest tokens; 0 is all
@@ -250,7 +254,7 @@ class ChromaLM(ChromaMoE):
         return [Written(''.join(t), n, e) for t,n,e in zip(text, count, ends)]
 
     def perplexity(self,
-        texts:list[str],
+        texts:list[str],        # of any length, or a single one
         window:int=0,           # tokens that are read at once; 0 is the longest text it was trained on
         stride:int=0,           # tokens that are new in a window; 0 is half of it
     ) -> list[Reading]:
