@@ -46,8 +46,8 @@ def chroma_bag(
     c = load_config(config, profile, set)
     ranks = start(c.train.precision)
     m = c.model
-    need(m.pooling.log_counts and m.pooling.out_dim==m.dim, f'model.pooling.log_counts is {m.pooling.log_counts}, model.pooling.out_dim {m.pooling.out_dim} and '
-         f'model.dim {m.dim}: a model begins at the bag with model.pooling.log_counts=true and equal widths')
+    need(m.pooling.log_counts and m.pooling.out_dim==m.dim, f'model.pooling.log_counts is {m.pooling.log_counts}, model.pooling.out_dim '
+         f'{m.pooling.out_dim} and model.dim {m.dim}: a model begins at the bag with model.pooling.log_counts=true and equal widths')
     check_out(out, resume)
     tokenizer = load_tokenizer(c)
     p,held = load_pairs(c, tokenizer)
@@ -58,7 +58,8 @@ def chroma_bag(
     tune(c, bag, p, log, 'bag', progress, out, resume, held, ranks)
     if ranks.main:
         model = ChromaModel(m, c.tune.seed); start_from_bag(model, bag, silent=True)
-        about = add_phase(None, 'bag of token vectors', c.data.pairs, settings_of(c, 'tune'), command_line('chroma_bag', config=config, profile=profile, set=set),
+        line = command_line('chroma_bag', config=config, profile=profile, set=set)
+        about = add_phase(None, 'bag of token vectors', c.data.pairs, settings_of(c, 'tune'), line,
                           note='the blocks of this model write nothing yet: it is the bag', **seen_in(log.rows, 'bag'))
         ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
         (Path(out)/'config.yaml').write_text(to_yaml(c))

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['WORD', 'KINDS', 'split', 'rarities', 'crop', 'keywords', 'own_pairs', 'chroma_crop']
 
-# %% ../nbs/19b_crops.ipynb #ab709cdb
-import json, re
+# %% ../nbs/19b_crops.ipynb #f1e86a4b
+import itertools, json, re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 import numpy as np
 from .config import cli, load_config, need
 from .files import write_whole
-from .mixing import pairs, texts
+from .mixing import texts
 
-# %% ../nbs/19b_crops.ipynb #ccd7da12
+# %% ../nbs/19b_crops.ipynb #9a6c764d
 WORD = re.compile(r'\w+(?:[.,&/-]\w+)*')
 
 def split(text:str) -> list[str]:
@@ -26,11 +26,12 @@ def rarities(
     most:int=200_000,    # texts that are looked at
 ) -> dict: # word -> log(N/n)
     "How rare each word is."
-    n,count = 0,Counter()
-    for n,line in zip(range(1, most+1), lines): count.update(set(split(line)))
+    sets = (set(split(line)) for line in itertools.islice(lines, most))
+    count,n = Counter(),0
+    for words in sets: count.update(words); n += 1
     return {w: float(np.log((n+1)/c)) for w,c in count.items()}
 
-# %% ../nbs/19b_crops.ipynb #bd7aacfb
+# %% ../nbs/19b_crops.ipynb #9545c87c
 def crop(
     text:str,
     rng:np.random.Generator,
@@ -62,7 +63,7 @@ def keywords(
 
 KINDS = ('crop', 'keywords')
 
-# %% ../nbs/19b_crops.ipynb #622af45b
+# %% ../nbs/19b_crops.ipynb #0aef4c42
 def own_pairs(
     rows:Iterable[dict], # with `text`, `source` and `domain`
     rare:dict,           # of `rarities`
@@ -77,7 +78,7 @@ def own_pairs(
             made = crop(r['text'], rng) if k=='crop' else keywords(r['text'], rng, rare)
             if made: yield dict(query=made[0], positive=made[1], source=f"{r['source']}/{k}", domain=r['domain'])
 
-# %% ../nbs/19b_crops.ipynb #2b57b686
+# %% ../nbs/19b_crops.ipynb #9cd0f799
 @cli
 def chroma_crop(
     config:str|None=None,   # a YAML file

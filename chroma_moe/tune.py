@@ -296,8 +296,8 @@ def start_from_bag(
     "Give `model` the word vectors of `bag`."
     m,vectors = model.m,bag.vectors
     weighted = bag.log_importance is not None
-    need(m.pooling.log_counts==weighted, f'model.pooling.log_counts is {m.pooling.log_counts}, and the bag counts words {"on a log scale" if weighted else "as they come"}: '
-         f'set model.pooling.log_counts={str(weighted).lower()}')
+    need(m.pooling.log_counts==weighted, f'model.pooling.log_counts is {m.pooling.log_counts}, and the bag counts words '
+         f'{"on a log scale" if weighted else "as they come"}: set model.pooling.log_counts={str(weighted).lower()}')
     need(m.pooling.out_dim==m.dim==bag.embed_dim, f'the bag has width {bag.embed_dim}, the model {m.dim} and its output {m.pooling.out_dim}: '
          'they must be equal')
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects

@@ -48,19 +48,21 @@ def main():
     def module(name, *more, sets=()):                      # a command of the package with the recipe's settings
         every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', *sets, *a.set]
         return ['-m', f'chroma_moe.{name}', '--config', a.config, *(x for s in every for x in ('--set', s)), *map(str, more)]
-    def tuned(name, folder, files, start=None, steps=load_config(a.config).tune.steps, more=()):
+    def tuned(name, folder, files, start=None, steps=None, more=()):
+        steps = steps or load_config(a.config).tune.steps
         sets = [f'tune.steps={max(2, round(steps*a.steps))}', f'data.pairs=[{",".join(map(str, files))}]', *more]
         begin = ['--pretrained', start] if start else []
         resume = ['--resume'] if (folder/'checkpoints').exists() else []
         stage(folder.name, folder/'model.safetensors', module(name, *begin, '--out', folder, '--no_progress', *resume, sets=sets), log)
 
     flags = [f'--{k}' for k in ('strict','licensed') if getattr(a, k)] + [x for w in a.without for x in ('--without', w)]
-    bag = ['tune.lr=0.06', 'tune.min_lr=0.002', 'optim.eps=4e-6', 'optim.embedding=1', 'tune.batch_pairs=1024', 'tune.batch_tokens=0', 'train.micro_tokens=0', 'train.precision=fp32',
-           'data.max_length=1024']
+    bag = ['tune.lr=0.06', 'tune.min_lr=0.002', 'optim.eps=4e-6', 'optim.embedding=1', 'tune.batch_pairs=1024', 'tune.batch_tokens=0',
+           'train.micro_tokens=0', 'train.precision=fp32', 'data.max_length=1024']
     own,mined = out/'own.jsonl',out/'mined.jsonl'
     work = dict(
         data=lambda: stage('data', data/'pairs.jsonl', [HERE/'prepare.py', '--data', a.data, '--out', data, *flags], log),
-        tokenizer=lambda: stage('tokenizer', out/'tokenizer', module('tokenizer', '--source', data/'texts.jsonl', '--out', out/'tokenizer', '--no_progress'), log),
+        tokenizer=lambda: stage('tokenizer', out/'tokenizer', module('tokenizer', '--source', data/'texts.jsonl', '--out', out/'tokenizer',
+                                                                     '--no_progress'), log),
         own=lambda: stage('own', own, module('crops', '--source', data/'texts.jsonl', '--out', own), log),
         bag=lambda: tuned('bag', out/'bag', [data/'pairs.jsonl', own], steps=500, more=bag),
         mined=lambda: stage('mined', mined, module('mining', '--source', data/'pairs.jsonl', '--retriever', 'dense', '--model', out/'bag', '--out', mined,
