@@ -8,6 +8,7 @@ __all__ = ['per_source', 'classes', 'Pairs', 'tokenise_pairs', 'make_batch', 'ho
 
 # %% ../nbs/20_tune.ipynb #f274ecbe
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -321,7 +322,8 @@ def load_pairs(
         try: held = read(d.pairs, 'valid', c.train.eval_size)
         except ChromaError:                                                            # no such split: every hundredth, and all that ask the same
             key = classes([r['query'] for r in rows], [(r['source'],r['query_id']) for r in rows])
-            out = {key[i] for i in range(99, len(rows), 100)[:c.train.eval_size]}
+            many = Counter(key)                                                        # a kind of question that many rows ask stays in training
+            out = {key[i] for i in range(99, len(rows), 100)[:c.train.eval_size] if many[key[i]]<=max(10, len(rows)//1000)}
             held,rows = [r for r,k in zip(rows, key) if k in out],[r for r,k in zip(rows, key) if k not in out]
     def ready(rows): return tokenise_pairs(rows, tokenizer, d.max_length, t.negatives, t.query_length, t.losses, t.instructions)
     train = ready(rows)

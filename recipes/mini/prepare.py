@@ -49,6 +49,8 @@ def main():
     intent = intents(kept['pairs'])
     for r in kept['pairs']:                                # two messages of one intent ask the same: neither is wrong for the other
         if r['source'].startswith(SHARED) and r['query'] in intent: r['query_id'] = intent[r['query']]
+    kept['valid'] = kept['pairs'][99::200]; del kept['pairs'][99::200]
+    said['valid'] = said['pairs']
     for k,rows in kept.items():
         write_whole(a.out/f'{k}.jsonl', ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
         print(f'{k}: {len(rows):,} of {said[k]:,} rows')

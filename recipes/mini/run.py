@@ -46,7 +46,7 @@ def main():
     a = parser.parse_args(); out = a.out; out.mkdir(parents=True, exist_ok=True)
     data,log = out/'data',out
     def module(name, *more, sets=()):                      # a command of the package with the recipe's settings
-        every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', *sets, *a.set]
+        every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', f'data.valid_pairs={data}/valid.jsonl', *sets, *a.set]
         return ['-m', f'chroma_moe.{name}', '--config', a.config, *(x for s in every for x in ('--set', s)), *map(str, more)]
     def tuned(name, folder, files, start=None, steps=None, more=()):
         steps = steps or load_config(a.config).tune.steps
