@@ -3,7 +3,7 @@
     python recipes/mini/figures.py --data DIR --out recipes/mini/results.json NAME=RUN [NAME=RUN ...]
 
 RUN is the --out of run.py, or any folder that chroma_evaluate wrote results.json to. For each system: nDCG@10 by dev set with its interval, and on the
-queries that hold a number or an identifier; learning curves of each stage; bytes of the model folder.
+queries that hold a number or an identifier; learning curves of each stage; bytes of the model folder; a few short training texts of each source.
 """
 import argparse, json, re
 from pathlib import Path
@@ -48,6 +48,14 @@ def curves(run):
                           tokens=max((r.get('tokens', 0) for r in rows), default=0))
     return out
 
+def few_texts(run, n=8):
+    "source -> some short texts, from all over."
+    out = {}
+    for line in open(run/'data'/'texts.jsonl', encoding='utf-8'):
+        r = json.loads(line)
+        if 60<=len(r['text'])<=220: out.setdefault(r['source'], []).append(r['text'])
+    return {s: t[::max(1, len(t)//n)][:n] for s,t in sorted(out.items()) if len(t)>=n}
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('runs', nargs='+', metavar='NAME=RUN')
@@ -56,7 +64,9 @@ def main():
     for name,_,run in (x.partition('=') for x in a.runs):
         run = Path(run); place = run/'scores'/'results.json' if (run/'scores').is_dir() else run/'results.json'
         found[name] = dict(scores=scores(place, tasks), curves=curves(run))
-        if (run/'model').is_dir(): found[name]['bytes'] = {p.name: p.stat().st_size for p in sorted((run/'model').iterdir()) if p.is_file()}
+        if (run/'model').is_dir():
+            found[name]['texts'] = few_texts(run)
+            found[name]['bytes'] = {p.name: p.stat().st_size for p in sorted((run/'model').iterdir()) if p.is_file()}
     write_whole(a.out, json.dumps(found, indent=None, separators=(',', ':'))+'\n')
     for name,f in found.items():
         for system,by in f['scores'].items():
