@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from .config import need
 from .packing import pack
 from .experts import gather_sum, run_experts, sort_by_expert
 from .moe import MoE
@@ -83,6 +84,7 @@ def spread(
     if ranks.expert==1: return model
     for layer in model.modules():
         if not isinstance(layer, MoE) or of_some(layer.gate_up): continue
+        need(layer.e.experts%ranks.expert==0, f'parallel.expert is {ranks.expert} and a layer has {layer.e.experts} experts: give a divisor of them, or 1')
         for name in ('gate_up','down'):
             own = nn.Parameter(keep_own(getattr(layer, name).detach(), ranks, True))
             own.of_some = True

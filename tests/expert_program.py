@@ -91,12 +91,14 @@ def layer(ranks):
         off = max([off, *((a-b).abs().max().item() for a,b in pairs if a.numel())])
     return max(ranks.collect(off))
 
-def main(folder, out):
-    ranks,said = start(),{}
-    for expert in (e for e in (1,2,4) if ranks.n%e==0):
-        for sharded in (False,True):
+def main(folder, out, *only):
+    "With names, such as masked and masked.sharded, those alone, where experts are spread."
+    ranks,said,every = start(),{},only==('all',)
+    for expert in (e for e in (1,2,4)[not every:] if ranks.n%e==0):
+        for sharded in (False,True)[:1+(every or expert==2)]:
             where = Ranks(ranks.accelerator, sharded=sharded, expert=expert)
             for name in SHARDED if sharded else CASES:
+                if not every and f'{name}{".sharded"*sharded}' not in only: continue
                 got,held = three_steps(name, folder, where)
                 if ranks.main: save_file(got, f'{out}/{name}.{expert}{".sharded"*sharded}')
                 said[f'{name}.{expert}{".sharded"*sharded}'] = ranks.collect(held)
