@@ -91,11 +91,13 @@ def kept_bytes(
 # %% ../nbs/24_plan.ipynb #463ad280
 def exchange_kept(
     m:ModelConfig,
-    half:bool=False, # in bfloat16?
+    half:bool,      # in bfloat16?
+    leave:int,      # S, visits of this process to the experts of a layer
+    come:int,       # R, visits that its own experts get
 ) -> int:
-    "Bytes a token that a pass keeps in addition where experts are spread."
-    layers = 1 if m.checkpoint else len(m.moe_layers)
-    return layers*m.moe.top_k*((2 if half else 4)*m.dim + 16)
+    "Bytes that a layer keeps in addition where experts are spread."
+    b = 2 if half else 4
+    return come*b*m.dim + 24*leave + (come-leave)*(2*b*m.moe.expert_dim + 20)
 
 # %% ../nbs/24_plan.ipynb #f9ac1fa6
 class Sent(NamedTuple):
@@ -134,7 +136,7 @@ def traffic(
         add('gates', 'all-to-all', 'family', 4*(ways*leave+come))
         add('numbers of visits', 'all-to-all', 'family', ways*8*E*layers*parts)
     add('statistics', 'all-reduce', 'all', 8*layers*(E+1)*parts*(layers>0))
-    add('bookkeeping', 'all-reduce', 'all', 24 + 4*len(plain) + 8*(l.expert>1) + 4*l.sharded)   # sums of terms; who has which gradient; norms
+    add('bookkeeping', 'all-reduce', 'all', 24 + 4*len(plain) + 8*(l.expert>1) + 8*l.sharded)   # sums of terms; who has which gradient; norms
     return out
 
 # %% ../nbs/24_plan.ipynb #db5ff181
@@ -145,6 +147,7 @@ class watch_traffic(TorchDispatchMode):
     "Inside, `seen` gathers (how, processes of the group, bytes) of every collective."
     def __init__(self): super().__init__(); self.seen = []
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if any(hasattr(t, 'full_tensor') for t in types): return NotImplemented           # cut tensors first become plain ones
         if f.namespace in ('c10d','_c10d_functional') and f._opname in _HOW:
             how = _HOW[f._opname]; mine = args[1] if how in ('all-to-all','reduce-scatter') else args[0]       # the full side: what leaves, or what arrives
             group = next((dist.ProcessGroup.unbox(a).size() for a in args if type(a).__name__=='ScriptObject'), None) or dist.get_world_size()
@@ -200,7 +203,8 @@ def memory(
     m,shapes = c.model,_shapes(c.model)
     out = state_bytes(c, l)
     out['half'] = sum(2*(math.prod(s) if l.sharded and not l.spreads(k) else l.numbers(k, s)) for k,s in shapes.items())*half
-    out['kept'] = round(tokens*(kept_bytes(m, half) + (exchange_kept(m, half) if l.expert>1 else 0)))
+    S,layers = tokens*m.moe.top_k,1 if m.checkpoint else len(m.moe_layers)
+    out['kept'] = round(tokens*kept_bytes(m, half)) + (layers*exchange_kept(m, half, S, S) if l.expert>1 else 0)
     cut = {k: 4*math.prod(s) for k,s in shapes.items() if l.sharded and not l.spreads(k)}
     first = sum(v for k,v in cut.items() if k.startswith('blocks.0.'))
     whole = sum(v for k,v in cut.items() if not k.startswith('blocks.')) + 2*first

@@ -104,10 +104,9 @@ def clip_gradients(
     for p in parameters:
         if p.grad is not None: kinds.setdefault((is_cut(p), of_some(p)), []).append(p)
     for (cut,some),ps in sorted(kinds.items()):
-        norm = nn.utils.get_total_norm([p.grad for p in ps])
-        if cut: norm = norm.full_tensor()
-        if some: norm = norm.new_tensor((ranks.total(norm.item()**2)[0]*ranks.expert/ranks.n)**.5)   # each expert is on n/expert processes
-        norms.append(norm)
+        norm = nn.utils.get_total_norm([p.grad.to_local() if cut else p.grad for p in ps])
+        if (cut or some) and ranks: norm = norm.new_tensor((ranks.total(norm.item()**2)[0]*(ranks.expert/ranks.n if some else 1))**.5)
+        norms.append(norm)                                                             # each expert is on n/expert processes
     norm = norms[0] if len(norms)==1 else torch.stack(norms).norm()
     for ps in kinds.values(): nn.utils.clip_grads_with_norm_(ps, largest, norm)
     return norm.item()

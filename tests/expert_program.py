@@ -16,7 +16,8 @@ from chroma_moe.model import ChromaModel
 from chroma_moe.monitor import MetricsLog
 from chroma_moe.moe import MoE, route
 from chroma_moe.parallel import Ranks, of_some, start
-from chroma_moe.pretrain import pretrain
+from chroma_moe.plan import saved_bytes, watch_traffic
+from chroma_moe.pretrain import MaskedParts, masked_loss, pretrain
 from chroma_moe.tokenizer import ChromaTokenizer
 from chroma_moe.training import Trainer
 from chroma_moe.tune import tokenise_pairs, tune
@@ -90,6 +91,44 @@ def layer(ranks):
         pairs = [(y, ys[ranks.rank]), (x.grad, xs[ranks.rank].grad), (grads[0], own(plain.gate_up.grad)), (grads[1], own(plain.down.grad))]
         off = max([off, *((a-b).abs().max().item() for a,b in pairs if a.numel())])
     return max(ranks.collect(off))
+
+# What is kept and sent, for test_plan.py
+
+PLANNED = dict(parts=('train.micro_tokens=150', 'model.checkpoint=true'), muon=('optim.name=muon', 'model.layers=3', 'model.moe.first_dense=1'))
+
+def planned(name): return load_config(profile='tiny', sets=['model.vocab_size=304','model.dim=64','pretrain.batch_tokens=2000', *PLANNED[name]])
+
+def local(x): return x.to_local() if hasattr(x, 'to_local') else x
+def size(tensors): return sum(local(x).nbytes for x in tensors)
+
+def measured(name, ranks):
+    "What this process keeps and sends in a step of phase 1, and what autograd keeps more where experts are spread."
+    c,came,kept = planned(name),[],{}
+    def counted(x, *args): came.append(len(x)); return run_experts(x, *args)
+    def clipped(parameters, *args): kept['gradients'] = size(p.grad for p in parameters if p.grad is not None); return clip(parameters, *args)
+    clip,training.clip_gradients,expert_parallel.run_experts = training.clip_gradients,clipped,counted
+    try:
+        ids = [[2, *((7*i+j*j)%290+6 for j in range(2+i%40)), 3] for i in range(120)]
+        data,run = MaskedParts(ids, c, ranks),Trainer(ChromaModel(c.model), masked_loss, c, 'pretrain', ranks=ranks, progress=False)
+        run.model.train(); run.advance(next(data)); came.clear(); parts = next(data)                   # the first step makes the moments
+        with watch_traffic() as w: run.advance(parts)
+        kept |= dict(weights=size(run.model.parameters()), moments=sum(size(x for x in s.values()) for s in run.opt.state.values()))
+        out = dict(tokens=[p.tokens for p in parts], came=sum(came)//(1+c.model.checkpoint), kept=kept, sent=[[*k, v] for k,v in w.total().items()])
+        if ranks.sharded or c.model.checkpoint: return out
+        batch,model = parts[0].batch.batch,ChromaModel(c.model); came.clear()
+        more = saved_bytes(lambda: run.model.hidden(batch), run.model)-saved_bytes(lambda: model.hidden(batch), model)
+        return out|dict(more=more, first=[len(batch.ids), sum(came)])
+    finally: training.clip_gradients,expert_parallel.run_experts = clip,run_experts
+
+def measure(ranks):
+    "All that is to be measured, by case and layout."
+    out = {}
+    for expert in (e for e in (1,2,4) if ranks.n%e==0):
+        for sharded in (False,True)[:ranks.n]:
+            where = Ranks(ranks.accelerator, sharded=sharded, expert=expert)
+            for name in PLANNED:
+                if not (sharded and name=='muon'): out[f'{name}.{expert}{".sharded"*sharded}'] = ranks.collect(measured(name, where))
+    return out
 
 def main(folder, out, *only):
     "With names, such as masked and masked.sharded, those alone, where experts are spread."
