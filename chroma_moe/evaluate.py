@@ -22,7 +22,7 @@ from .card import add_scores, command_line
 from .encoder import ChromaMoE
 from .metrics import compare, paired_bootstrap
 from .parallel import start
-from .shared_encoding import shared
+from .shared_encoding import encode_together
 from .training import tune_cpu
 from .charts import Markup, bar_chart, figure, section, side_by_side, table, tag, write_page
 from .evaluation import BM25, Bag, Dense, Hybrid, library_model, local_tasks, run_task, small_task, world_tasks, world_tests
@@ -430,6 +430,6 @@ def chroma_evaluate(
     tune_cpu(threads)
     ranks = start('fp32', expert)
     need(not (pictures and expert>1), f'expert is {expert}, and pictures look into the layers: draw them with one process')
-    with shared(ChromaMoE.from_pretrained(model, device=str(ranks.device) if ranks.n>1 else device), ranks) as encoder:
+    with encode_together(ChromaMoE.from_pretrained(model, device=str(ranks.device) if ranks.n>1 else device), ranks) as encoder:
         if encoder: _evaluate(model, encoder, asked, beside, benchmark, baselines, out, pictures, debug, card)
     ranks.end()

@@ -27,7 +27,8 @@ class Ranks:
         self.rank,self.n = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         self.device = accelerator.device if accelerator else torch.device('cpu')
         self.main = self.rank==0           # the one that writes and speaks
-        need(self.n%expert==0, f'parallel.expert is {expert} and there are {self.n} processes: start {expert} or a multiple of it, or give another parallel.expert')
+        need(self.n%expert==0, f'parallel.expert is {expert} and there are {self.n} processes: start {expert} or a multiple of it, or give another '
+             'parallel.expert')
         if expert>1:
             rows = [range(s, s+expert) for s in range(0, self.n, expert)]                            # a family's numbers stand side by side
             families,twins = ([dist.new_group(list(g)) for g in side] for side in (rows, zip(*rows)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layout', 'state_bytes', 'saved_bytes', 'kept_bytes', 'exchange_kept', 'Sent', 'traffic', 'watch_traffic', 'Machine',
-           'seconds', 'memory', 'layouts', 'plan', 'describe', 'chroma_plan']
+           'sending_time', 'layout_memory', 'layouts', 'plan', 'describe', 'chroma_plan']
 
 # %% ../nbs/24_plan.ipynb #fd7b881b
 import math
@@ -178,7 +178,7 @@ class Machine:
         need(self.reached<=1, f'reached is {self.reached}: give a share of the peak, such as 0.35')
 
 # %% ../nbs/24_plan.ipynb #777f6477
-def seconds(
+def sending_time(
     s:Sent,
     l:Layout,
     machine:Machine=Machine(),
@@ -192,7 +192,7 @@ def seconds(
     return s.bytes*(2 if s.how=='all-reduce' else 1)*(size-1)/size/speed
 
 # %% ../nbs/24_plan.ipynb #fedaa7f0
-def memory(
+def layout_memory(
     c:Config,
     l:Layout,
     tokens:int,      # in a part, on a process
@@ -237,9 +237,9 @@ def plan(
     work = p.batch_tokens*flops_per_token(m, c.data.max_length, training=True, masked=p.mask_ratio)*(4/3 if m.checkpoint else 1)
     compute = work/(n*machine.peak*1e12*machine.reached)
     for l in layouts(c, n):
-        kept = memory(c, l, math.ceil(share/parts), parts, half)
+        kept = layout_memory(c, l, math.ceil(share/parts), parts, half)
         sent = traffic(c, l, [round(share/parts)]*parts, half)
-        sending = sum(seconds(s, l, machine) for s in sent)
+        sending = sum(sending_time(s, l, machine) for s in sent)
         hours = p.steps*(compute+sending)/3600
         out.append(dict(layout=l, fits=sum(kept.values())<=0.9e9*machine.memory, memory=kept, traffic=sent, parts=parts, compute=compute, sending=sending,
                         step=compute+sending, hours=hours, cost=hours*n*machine.price))
@@ -262,21 +262,23 @@ def describe(
     m,p,best = c.model,c.pretrain,found[0]; l,GB = best['layout'],1e9
     yes = lambda x: 'yes' if x else 'no'
     routed = sum(math.prod(s) for k,s in _shapes(m).items() if Layout(2, 2).spreads(k))
-    out = [f'{count_params(m)/1e9:.2f} billion parameters, {routed/1e9:.2f} of them in routed experts; phase 1: {p.steps*p.batch_tokens:,} tokens in {p.steps:,} steps, '
-           f'{best["parts"]} part{"s"*(best["parts"]>1)} a step',
+    rows = [[r['layout'].expert, yes(r['layout'].sharded), f"{sum(r['memory'].values())/GB:.2f}", yes(r['fits']),
+             f"{sum(s.bytes for s in r['traffic'])/GB:.2f}", *(f'{r[k]:.3f}' for k in ('compute','sending','step')), f"{r['hours']:,.1f}", f"{r['cost']:,.0f}"] for r in found]
+    out = [f'{count_params(m)/1e9:.2f} billion parameters, {routed/1e9:.2f} of them in routed experts',
+           f'phase 1: {p.steps*p.batch_tokens:,} tokens in {p.steps:,} steps, {best["parts"]} part{"s"*(best["parts"]>1)} a step',
            f'{n} x {machine.name}, {machine.gpus} a machine, {machine.memory:g} GB each', '',
-           _table(['parallel.expert','sharded','GB each','fits','GB sent','compute s','sending s','step s','hours','dollars'],
-                  [[r['layout'].expert, yes(r['layout'].sharded), f"{sum(r['memory'].values())/GB:.2f}", yes(r['fits']), f"{sum(s.bytes for s in r['traffic'])/GB:.2f}",
-                    f"{r['compute']:.3f}", f"{r['sending']:.3f}", f"{r['step']:.3f}", f"{r['hours']:,.1f}", f"{r['cost']:,.0f}"] for r in found]), '']
+           _table(['parallel.expert','sharded','GB each','fits','GB sent','compute s','sending s','step s','hours','dollars'], rows), '']
     if not best['fits']:
-        return '\n'.join([*out, f'nothing fits: take more or larger GPUs, a smaller train.micro_tokens, or model.checkpoint=true (it is {str(m.checkpoint).lower()})'])
+        return '\n'.join([*out, 'nothing fits: take more or larger GPUs, a smaller train.micro_tokens, or model.checkpoint=true '
+                                f'(it is {str(m.checkpoint).lower()})'])
     how = f'parallel.expert={l.expert}' + (', launched with recipes/accelerate_fsdp.yaml' if l.sharded else '')
     out += [f'best that fits: {how}', '', 'GB of each GPU: ' + ', '.join(f'{k} {v/GB:.2f}' for k,v in best['memory'].items()), '']
     if best['traffic']:
         over = dict(all=f'all {l.n}', family=f'{l.expert} of a family', twins=f'{l.n//l.expert} with the same experts')
-        out += [_table(['a step, each GPU','how','over','MB','ms'], [[s.what, s.how, over[s.over], f'{s.bytes/1e6:,.3f}', f'{1000*seconds(s, l, machine):,.2f}'] for s in best['traffic']]), '']
-    out += [f'Bytes are counted. Seconds, hours and dollars are estimates that no GPU has confirmed: {machine.reached:.0%} of {machine.peak:g} TFLOP/s, {machine.inside:g} GB/s '
-            f'inside a machine, {machine.outside:g} GB/s between machines, ${machine.price:g} a GPU and hour, nothing overlapped.']
+        rows = [[s.what, s.how, over[s.over], f'{s.bytes/1e6:,.3f}', f'{1000*sending_time(s, l, machine):,.2f}'] for s in best['traffic']]
+        out += [_table(['a step, each GPU','how','over','MB','ms'], rows), '']
+    out += [f'Bytes are counted. Seconds, hours and dollars are estimates that no GPU has confirmed: {machine.reached:.0%} of {machine.peak:g} TFLOP/s, '
+            f'{machine.inside:g} GB/s inside a machine, {machine.outside:g} GB/s between machines, ${machine.price:g} a GPU and hour, nothing overlapped.']
     return '\n'.join(out)
 
 @cli
@@ -300,6 +302,7 @@ def chroma_plan(
     c,machine = load_config(config, profile, set),Machine(gpu, per_machine, memory, peak, reached, inside, outside, price)
     found = plan(c, gpus, machine)
     if json:
-        found = [r|dict(layout=asdict(r['layout']), traffic=[s._asdict()|dict(seconds=seconds(s, r['layout'], machine)) for s in r['traffic']]) for r in found]
+        timed = lambda r: [s._asdict()|dict(seconds=sending_time(s, r['layout'], machine)) for s in r['traffic']]
+        found = [r|dict(layout=asdict(r['layout']), traffic=timed(r)) for r in found]
         return print(dumps(dict(machine=asdict(machine), gpus=gpus, layouts=found), indent=1))
     print(describe(c, gpus, machine, found))

@@ -27,7 +27,7 @@ from .moe import add_stats, routing_summary
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start, sum_gradients
 from .sharding import shard
-from .expert_parallel import collect, spread, whole_model
+from .expert_parallel import collect_state, spread, whole_model
 from .training import Feed, Loss, Part, Trainer, accumulate, check_out, epochs, optimizer_state, tune_cpu
 
 # %% ../nbs/16_pretrain.ipynb #58bdf4a5
@@ -162,7 +162,7 @@ def pretrain(
     if run.model.m.moe.dense=='start' and not c.model.moe.dense:
         run.fit(feed, switch, judge)
         run.switch = run.step
-        run.use(upcycle(whole_model(run.model, ranks), p.seed+1), collect(optimizer_state(run.opt, run.named), ranks, everywhere=True))
+        run.use(upcycle(whole_model(run.model, ranks), p.seed+1), collect_state(optimizer_state(run.opt, run.named), ranks, everywhere=True))
     run.fit(feed, evaluate=judge); run.finish(); feed.close()
     return whole_model(run.model, ranks)
 
@@ -184,7 +184,7 @@ def check_processes(
         parts = [p._replace(batch=p.batch.to(ranks.device)) for p in next(MaskedParts(ids, c, ranks))]
         accumulate(parts, lambda b: masked_loss(model, b), exact, c.model.moe)
         sum_gradients(exact, [p for _,p in named])
-        return torch.cat([g.cpu().flatten() for g in collect({n: p.grad for n,p in named if p.grad is not None}, exact, everywhere=True).values()])
+        return torch.cat([g.cpu().flatten() for g in collect_state({n: p.grad for n,p in named if p.grad is not None}, exact, everywhere=True).values()])
     alone = Ranks(); alone.device = ranks.device
     one,all_ = gradient(alone),gradient(ranks)
     off = max(ranks.collect(((one-all_).norm()/one.norm()).item()))

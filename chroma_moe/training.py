@@ -23,7 +23,7 @@ from .sink import start_wandb
 from .parallel import Ranks, sum_gradients, whole_stats
 from .checkpoints import Checkpoints
 from .sharding import clip_gradients, send_after, shard, share
-from .expert_parallel import collect, keep_own, load_state, spread
+from .expert_parallel import collect_state, keep_own, load_state, spread
 
 # %% ../nbs/15_training.ipynb #0aca2a07
 class epochs:
@@ -305,8 +305,8 @@ def changes(
 @patch
 def state(self:Trainer, place:dict) -> dict:
     "Everything that the rest of the run depends on."
-    return dict(model=collect(self.model.state_dict(), self.ranks), heads=self.heads.state_dict() if self.heads else {},
-                optimizer=collect(optimizer_state(self.opt, self.named), self.ranks),
+    return dict(model=collect_state(self.model.state_dict(), self.ranks), heads=self.heads.state_dict() if self.heads else {},
+                optimizer=collect_state(optimizer_state(self.opt, self.named), self.ranks),
                 scaler=self.scaler.state_dict(), place=place, step=self.step, tokens=self.tokens, skipped=self.skipped, switch=self.switch,
                 best=self.best if math.isfinite(self.best) else None, seconds=self.seconds, ranks=self.ranks.n, run_id=self.run_id,
                 config=asdict(self.c), shape=asdict(self.model.m) if hasattr(self.model, 'm') else None)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import chroma_moe.tune
 from chroma_moe import expert_parallel, training
 from chroma_moe.config import load_config
-from chroma_moe.expert_parallel import collect, run_apart, spread
+from chroma_moe.expert_parallel import collect_state, run_apart, spread
 from chroma_moe.experts import run_experts
 from chroma_moe.losses import Contrast
 from chroma_moe.model import ChromaModel
@@ -39,7 +39,7 @@ def watched():
     kept,clip,use = dict(grads=[], norms=[]),training.clip_gradients,Trainer.use
     def clipped(parameters, largest, ranks=None):
         run = kept['run']
-        kept['grads'].append(collect({n: p.grad.detach().clone() for n,p in run.named if p.grad is not None}, run.ranks, everywhere=True))
+        kept['grads'].append(collect_state({n: p.grad.detach().clone() for n,p in run.named if p.grad is not None}, run.ranks, everywhere=True))
         kept['norms'].append(clip(parameters, largest, ranks)); return kept['norms'][-1]
     def used(self, *args, **kw):
         use(self, *args, **kw); kept['run'] = self

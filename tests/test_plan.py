@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from chroma_moe.parallel import Ranks
-from chroma_moe.plan import Layout, chroma_plan, exchange_kept, plan, state_bytes, traffic
+from chroma_moe.plan import Layout, chroma_plan, exchange_kept, state_bytes, traffic
 
-from expert_program import PLANNED, measure, planned
+from expert_program import measure, planned
 from test_training import Home
 
 @pytest.fixture(scope='module')
@@ -50,7 +50,8 @@ def test_bytes(home, tmp_path, n):
             for r in ranks:
                 if 'more' not in r: continue
                 tokens,came = r['first']; layers = len(m.moe_layers)
-                more = exchange_kept(m, False, layers*tokens*m.moe.top_k, came) - 4*layers*(m.moe.experts-m.moe.experts//l.expert)   # where the experts' rows end
+                ends = 4*layers*(m.moe.experts-m.moe.experts//l.expert)                            # where the rows of each expert end: fewer experts
+                more = exchange_kept(m, False, layers*tokens*m.moe.top_k, came) - ends
                 assert r['more']==more, (key, r['more'], more)
     assert n==1 or sent>0
     print(f'{n} processes, {len(found)} cases and layouts: what is kept and {sent/1e6:.1f} MB that are sent are what the plan says, to the byte')
