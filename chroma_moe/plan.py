@@ -79,14 +79,17 @@ def kept_bytes(
     pooled:bool=False, # with the pooling, as in phase 2?
 ) -> float:
     "Bytes a token that a pass keeps for the backward pass."
-    one = ChromaModel(replace(m, layers=1, vocab_size=256, checkpoint=False, moe=replace(m.moe, every=1, first_dense=0)))
-    def slope(run):
+    K,E = m.moe.top_k,m.moe.experts
+    def slope(E, first_dense=0, way='hidden'):
+        one = ChromaModel(replace(m, layers=1, vocab_size=256, checkpoint=False, moe=replace(m.moe, every=1, first_dense=first_dense, experts=E)))
         with torch.autocast('cpu', torch.bfloat16, enabled=half):
-            few,many = (saved_bytes(lambda: run(pack([list(range(6, 70))]*n)), one) for n in (2, 4))
+            few,many = (saved_bytes(lambda: getattr(one, way)(pack([list(range(6, 70))]*n)), one) for n in (2, 4))
         return (many-few)/128
-    layer = slope(one.hidden)
-    pool = slope(one.embed)-layer if pooled else 0
-    return 4*m.dim*m.layers + max(layer, pool) if m.checkpoint else m.layers*layer + pool
+    kinds,n = [],len(m.moe_layers)
+    if n: few = slope(K); kinds += [few + (E-K)*(slope(2*K)-few)/K]*n                  # a number or two for each expert: no need to make them all
+    if n<m.layers: kinds += [slope(E and K, 1)]*(m.layers-n)
+    pool = slope(E and K, way='embed')-slope(E and K) if pooled else 0
+    return 4*m.dim*m.layers + max(*kinds, pool) if m.checkpoint else sum(kinds) + pool
 
 # %% ../nbs/24_plan.ipynb #463ad280
 def exchange_kept(
@@ -263,7 +266,8 @@ def describe(
     yes = lambda x: 'yes' if x else 'no'
     routed = sum(math.prod(s) for k,s in _shapes(m).items() if Layout(2, 2).spreads(k))
     rows = [[r['layout'].expert, yes(r['layout'].sharded), f"{sum(r['memory'].values())/GB:.2f}", yes(r['fits']),
-             f"{sum(s.bytes for s in r['traffic'])/GB:.2f}", *(f'{r[k]:.3f}' for k in ('compute','sending','step')), f"{r['hours']:,.1f}", f"{r['cost']:,.0f}"] for r in found]
+             f"{sum(s.bytes for s in r['traffic'])/GB:.2f}", *(f'{r[k]:.3f}' for k in ('compute','sending','step')),
+             f"{r['hours']:,.1f}", f"{r['cost']:,.0f}"] for r in found]
     out = [f'{count_params(m)/1e9:.2f} billion parameters, {routed/1e9:.2f} of them in routed experts',
            f'phase 1: {p.steps*p.batch_tokens:,} tokens in {p.steps:,} steps, {best["parts"]} part{"s"*(best["parts"]>1)} a step',
            f'{n} x {machine.name}, {machine.gpus} a machine, {machine.memory:g} GB each', '',

@@ -84,7 +84,8 @@ def test_two_machines(home, tmp_path):
     "Two launchers of two processes each that meet over TCP, as on two machines, with the recipe's file; families lie within a machine."
     sets = *EXACT, 'pretrain.steps=6', 'model.moe.balance=0'
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    launch = ['accelerate.commands.launch','--config_file',ROOT/'recipes'/'accelerate_64gpu.yaml','--num_machines',2,'--num_processes',4,'--main_process_port',port]
+    launch = ['accelerate.commands.launch','--config_file',ROOT/'recipes'/'accelerate_64gpu.yaml','--num_machines',2,'--num_processes',4,
+              '--main_process_port',port]
     machines = [home.shell(map(str, [*launch, '--machine_rank', r, '-m', 'chroma_moe.pretrain']), *home.args(tmp_path/'four', *sets, 'parallel.expert=2'))
                 for r in range(2)]
     said = [text_of(p) for p in machines]; assert 'model written to' in said[0] and 'model written to' not in said[1], said
