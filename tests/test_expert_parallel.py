@@ -16,6 +16,7 @@ from chroma_moe.tokenizer import ChromaTokenizer
 from chroma_moe.world import World
 
 from expert_program import CASES, three_steps
+from test_sharding import FSDP
 from test_training import EXACT, ROOT, Home, furthest, last_step, rows, saved, text_of, wait_for, wait_for_step, workers
 
 @pytest.fixture(scope='module')
@@ -56,19 +57,21 @@ def test_layouts(home, tmp_path, n, what):
 # Whole commands
 
 def test_checkpoint_changes_layout(home, tmp_path):
-    "Four processes with a quarter of the experts each, killed; one goes on, killed; two end it, with half of the experts each."
+    "Four processes with a quarter of the experts each, killed; one, killed; two with half of the experts and the rest cut, killed; two without cuts."
     sets = *EXACT, 'pretrain.steps=10', 'train.save_every=2', 'model.moe.balance=0'
     one = home.whole(*sets); out,said = tmp_path/'run',''
-    for ranks,until in ((4,3), (1,6), (2,0)):
-        p = home.start(out, *sets, f'parallel.expert={ranks}', ranks=ranks, resume=out.exists())
+    for ranks,until,first in ((4,3,''), (1,5,''), (2,7,FSDP), (2,0,'')):
+        p = home.start(out, *sets, f'parallel.expert={ranks}', ranks=ranks, resume=out.exists(), first=first)
         if until: assert wait_for(p, lambda: last_step(out)>=until); p.kill(); p.end(*[-signal.SIGKILL]*ranks); at = saved(out)
-        else: said = p.end()
+        else: p.end()
+        said += p.said_at.read_text()
         assert all(load_file(out/'checkpoints'/name/'model.safetensors')['blocks.0.moe.down'].shape[0]==8 for name in saved(out)), 'a checkpoint is whole'
-    assert 'saved by 1 processes, resumed by 2' in said and 'another run' not in said, said
+    assert 'saved by 4 processes, resumed by 1' in said and 'saved by 1 processes, resumed by 2' in said and 'another run' not in said, said
+    assert said.count('resumed at step')==3, said
     off = furthest(out, one); assert off<1e-5, off
     a,b = rows(out),rows(one); assert all(abs(x[k]-y[k])<3e-5 for x,y in zip(a, b) for k in ('loss','eval_loss') if k in x)
     assert ChromaMoE.from_pretrained(out).encode(['red wool socks']).shape==(1,128)
-    print(f'4 processes, then 1, then 2 (checkpoints {at[-1]} and before): weights within {off:.0e} of one process that ran through')
+    print(f'4 processes, 1, 2 with the rest cut, 2 (checkpoints {at[-1]} and before): weights within {off:.0e} of one process that ran through')
 
 def test_one_process_dies(home, tmp_path):
     "SIGKILL one of two that hold each other's experts: the launcher ends the other within a minute."
