@@ -63,7 +63,7 @@ class SharedEncoder(ChromaMoE):
         faults = [f for f in ranks.collect(fault) if f]
         if faults: raise ChromaError(faults[0])
         rows,_ = ranks.gather(e.to(ranks.device))
-        place = torch.cat([torch.arange(r, len(texts), ranks.n) for r in range(ranks.n)])
+        place = torch.tensor([i for r in range(ranks.n) for i in range(r, len(texts), ranks.n)], dtype=torch.long)
         return torch.empty_like(rows, device='cpu').index_copy_(0, place, rows.cpu())
 
 def _tell(ranks, job):

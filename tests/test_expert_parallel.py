@@ -156,6 +156,34 @@ def test_encode_launched(home, tmp_path, corpus):
     text_of(home.shell(launch, *corpus, '--output', out)); assert same_bytes(out, home.folder/'one')
     print(f'killed after {done} parts of 19; then the bytes of one process')
 
+TOGETHER = '''
+import numpy as np
+from chroma_moe.config import ChromaError
+from chroma_moe.encoder import ChromaMoE
+from chroma_moe.parallel import start
+from chroma_moe.shared_encoding import encode_together
+ranks,texts = start('fp32', 2), ['wool '*(1+i%7) for i in range(41)]
+alone = ChromaMoE.from_pretrained({first!r}); want,mark = alone.encode(texts, batch_tokens=40), alone.fingerprint
+with encode_together(ChromaMoE.from_pretrained({first!r}), ranks) as encoder:
+    assert (encoder is not None)==ranks.main
+    if encoder:
+        assert np.abs(encoder.encode(texts, batch_tokens=40)-want).max()<1e-6 and encoder.fingerprint==mark
+        assert np.abs(encoder.encode_document(texts[:1])-want[:1]).max()<1e-6 and encoder.encode([]).shape==(0,128)  # one has a text, the other none
+        for bad in (dict(prompt_name='poem'), dict(truncate_dim=999)):
+            try: encoder.encode(texts, **bad)
+            except ChromaError as e: print(e)
+            else: raise AssertionError
+        assert encoder.search('wool', texts, top_k=2)[0]['text'].startswith('wool')
+ranks.end(); os._exit(0)
+'''
+
+def test_encode_together(home):
+    "One process asks, two with half of the experts each encode; a refusal ends nothing."
+    said = home.start('', name='', ranks=2, first=TOGETHER.format(first=str(home.first))).end()
+    assert said.count("prompt_name is 'poem'")==said.count('truncate_dim is 999')==1, said
+    print('41 texts, one text and none: the vectors of one process; two refusals of one sentence')
+
+@pytest.mark.long
 def test_evaluate(home, tmp_path):
     "One process evaluates, two encode with half of the experts each: the scores of one."
     args = '--model', home.first, '--benchmark', 'world', '--debug', '--no_card'
