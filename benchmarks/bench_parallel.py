@@ -22,8 +22,9 @@ ids = [[2, *torch.randint(6, 8000, (int(k),), generator=rng).tolist(), 3] for k 
 data,run = MaskedParts(ids, c, ranks),Trainer(ChromaModel(c.model), masked_loss, c, 'pretrain', ranks=ranks, progress=False)
 run.model.train()
 for line in sys.stdin:
-    both.wait(); began = time.perf_counter(); parts = next(data); run.advance(parts)
-    print(sum(p.tokens for p in parts)/(time.perf_counter()-began), flush=True)
+    both.wait(); began,used = time.perf_counter(),time.process_time(); parts = next(data); run.advance(parts)
+    tokens = sum(p.tokens for p in parts)
+    print(tokens/(time.perf_counter()-began), (time.process_time()-used)/tokens, flush=True)
 both.end()
 '''
 
@@ -37,9 +38,10 @@ class Pair:
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE) for r in range(2)]
 
     def step(self):
-        "Tokens a second of both together."
+        "Tokens a second of both together, and seconds of a core that a token takes."
         for p in self.both: p.stdin.write('\n'); p.stdin.flush()
-        return sum(float(p.stdout.readline()) for p in self.both)
+        said = [[float(x) for x in p.stdout.readline().split()] for p in self.both]
+        return sum(s for s,_ in said), sum(u for _,u in said)/2
 
     def end(self):
         for p in self.both: p.stdin.close()
@@ -52,10 +54,11 @@ def bench():
         both = [tuple(p.step() for p in pairs) for _ in range(ROUNDS)]                  # in turn, so that a busy machine slows both
     finally:
         for p in pairs: p.end()
-    ours,peer = (median(x) for x in zip(*both)); ratios = sorted(a/b for a,b in both)
+    ours,peer = (median(speed) for speed in zip(*((a[0], b[0]) for a,b in both)))
+    ratios,work = sorted(a[0]/b[0] for a,b in both),median(a[1]/b[1] for a,b in both)
     return [dict(name='two processes, experts spread', ours=ours, peer=peer, ratio=median(ratios), target=0.8,
                  conditions=f'debug with a vocabulary of 8,192, one thread each, {TOKENS} tokens a process and step, gloo; peer: two runs of one '
-                 f'process side by side; tokens a second, median of {ROUNDS} steps in turn, {ratios[0]:.2f} to {ratios[-1]:.2f}; load of the machine '
-                 f'{os.getloadavg()[0]:.1f}')]
+                 f'process side by side; tokens a second, median of {ROUNDS} steps in turn, {ratios[0]:.2f} to {ratios[-1]:.2f}, with {work:.2f} times the '
+                 f'work of a core for a token; load of the machine {os.getloadavg()[0]:.1f}')]
 
 if __name__=='__main__': print(json.dumps(bench(), indent=1))
