@@ -132,10 +132,14 @@ class PoolingConfig:
     latents:int = 64           # L, trainable latents
     heads:int = 8              # heads of the attention between latents and tokens
     out_dim:int = 512          # width of the embedding
+    log_counts:bool = False    # in a mean, does a token that occurs c times in a text count 1 + log c times?
 
     def __post_init__(self):
         need(self.kind in POOLINGS, f"model.pooling.kind is '{self.kind}': give one of {', '.join(POOLINGS)}")
         for k in ('latents','heads','out_dim'): need(getattr(self,k)>0, f'model.pooling.{k} is {getattr(self,k)}: it must be at least 1')
+
+        need(not self.log_counts or self.latent or self.kind.startswith('mean'), f"model.pooling.log_counts is true and model.pooling.kind is '{self.kind}', "
+             'which takes no mean: set model.pooling.kind=mean, or leave log_counts out')
 
     @property
     def latent(self): return self.kind.startswith('latent')
@@ -286,9 +290,11 @@ class OptimConfig:
     eps:float = 1e-8           # added to the root of the second moment
     weight_decay:float = 0.1   # on matrices only
     clip:float = 1.0           # largest norm of the whole gradient
+    embedding:float = 1.       # share of the learning rate that word vectors get; 0 leaves them as they are
 
     def __post_init__(self):
         need(len(self.betas)==2 and all(0<=b<1 for b in self.betas), f'optim.betas is {self.betas}: give two numbers in [0, 1)')
+        need(0<=self.embedding<=1, f'optim.embedding is {self.embedding}: give a share between 0 and 1')
         need(self.clip>0, f'optim.clip is {self.clip}: it must be positive')
         need(self.name in ('adamw','muon'), f"optim.name is '{self.name}': give adamw or muon")
         need(self.muon_lr>=0, f'optim.muon_lr is {self.muon_lr}: it cannot be negative, 0 is the learning rate of the phase')
@@ -363,6 +369,7 @@ class TuneConfig:
     "Phase 2: contrastive tuning."
     steps:int = 1000           # optimizer steps
     batch_pairs:int = 128      # pairs in a step
+    batch_tokens:int = 0       # a batch ends early at so many tokens; 0 is never
     lr:float = 1e-4            # peak learning rate
     min_lr:float = 1e-5        # learning rate at the end
     warmup:float = 0.05        # share of the steps to reach the peak
@@ -378,6 +385,8 @@ class TuneConfig:
     retain:float = 0.          # share of the chunks of train.micro_tokens that keep their graph, so that they run once
     batches:int = 1            # the pairs of a step are so many batches, whose pairs do not see each other
     mix:str = 'blend'          # a batch is a 'blend' of all sources, or from one 'source'
+    even:float = 1.            # mix=source: a source with n pairs is drawn in proportion to n**even; 1 is by size, 0 all alike
+    often:tuple[str,...] = ()  # mix=source: NAME=FACTOR on how often a source is drawn; a name may have *, as in */crop=0.5
     instructions:tuple[str,...] = () # what the queries want, TEXT or SOURCE=TEXT; () is what the rows say, '' is nothing
     query_length:int = 0       # tokens of a query before it is cut; 0 is data.max_length
     best:bool = True           # end with the weights that did best on held-out pairs?
@@ -389,12 +398,19 @@ class TuneConfig:
         need(self.batches>0 and self.batch_pairs%self.batches==0 and self.batch_pairs>=2*self.batches, f'tune.batches is {self.batches} and '
              f'tune.batch_pairs is {self.batch_pairs}: the pairs must divide evenly, two at least in a batch')
         need(self.mix in ('blend','source'), f"tune.mix is '{self.mix}': give blend or source")
+        need(self.batch_tokens>=0, f'tune.batch_tokens is {self.batch_tokens}: it cannot be negative, 0 is no limit')
+        for s in self.often: need(_positive(s.rpartition('=')[2]), f"tune.often has '{s}': write NAME=FACTOR with a number above 0, such as */crop=0.5")
+        need(0<=self.even<=1, f'tune.even is {self.even}: give 0 (all sources alike) to 1 (by size)')
         need(0<=self.retain<=1, f'tune.retain is {self.retain}: give a share between 0 and 1')
         need(self.negatives>=0, f'tune.negatives is {self.negatives}: it cannot be negative')
         need(self.teacher>0, f'tune.teacher is {self.teacher}: it must be positive')
         need(self.query_length==0 or self.query_length>2, f'tune.query_length is {self.query_length}: marker and end alone take 2 tokens')
         need(all(d>0 for d in self.matryoshka), f'tune.matryoshka is {self.matryoshka}: widths are positive')
         _check_phase('tune', self)
+
+def _positive(text):
+    try: return float(text)>0
+    except ValueError: return False
 
 def _check_phase(name, c):
     need(c.steps>0, f'{name}.steps is {c.steps}: it must be at least 1')
@@ -411,7 +427,7 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class Config:
     "Everything a run depends on."
-    active_model_profile:str = 'debug' # tiny, debug, full, t4 or classic: the defaults that the rest is changed from
+    active_model_profile:str = 'debug' # tiny, mini, debug, full, t4 or classic: the defaults that the rest is changed from
     model:ModelConfig = field(default_factory=ModelConfig)
     tokenizer:TokenizerConfig = field(default_factory=TokenizerConfig)
     data:DataConfig = field(default_factory=DataConfig)
@@ -440,6 +456,15 @@ PROFILES = dict(
         optim = dict(weight_decay=0.01),
         pretrain = dict(lr=3e-3, min_lr=3e-4, batch_tokens=8192),
         tune = dict(lr=3e-3, min_lr=1e-4)),
+    mini = dict(
+        model = dict(vocab_size=20000, dim=768, layers=1, max_length=2048,
+            attention = dict(heads=4, kv_rank=96, nope_dim=32, rope_dim=32, v_dim=64),
+            moe = dict(experts=8, top_k=2, expert_dim=64, shared=1, shared_dim=384),
+            pooling = dict(kind='mean', out_dim=768, log_counts=True)),
+        optim = dict(weight_decay=0.01, betas=[0.9, 0.98], embedding=0.2),
+        train = dict(precision='bf16', micro_tokens=8192),
+        pretrain = dict(lr=1e-3, min_lr=1e-4, batch_tokens=16384),
+        tune = dict(lr=2e-4, min_lr=1e-5, mix='source', even=0.5, temperature=0.04)),
     debug = dict(),
     full = dict(
         model = dict(dim=2048, layers=28,
@@ -628,7 +653,7 @@ def model_figures(m:ModelConfig) -> dict:
 @cli
 def chroma_config(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
     set:list[str]=(),       # section.key=value
     json:bool=False,        # print the figures and the configuration as JSON?
 ):

@@ -139,8 +139,10 @@ def make_optimizer(
     shapes,named = {n: tuple(p.shape) for n,p in named},[(n,p) for n,p in named if p.requires_grad]
     matrices = [(n,p) for n,p in named if c.name=='muon' and is_hidden_matrix(n, p)]
     taken = {n for n,_ in matrices}
-    groups = [dict(params=[p for n,p in named if n not in taken and decays(n,p)==d and hasattr(p, 'full_tensor')==cut],
+    slow = {n for n,_ in named if c.embedding<1 and n.endswith('embedding.weight')}
+    groups = [dict(params=[p for n,p in named if n not in taken|slow and decays(n,p)==d and hasattr(p, 'full_tensor')==cut],
                    weight_decay=c.weight_decay*d, scale=1.) for d in (True,False) for cut in (True,False)]  # what is cut over processes stands apart
+    groups.append(dict(params=[p for n,p in named if n in slow], weight_decay=0., scale=c.embedding))
     groups = [g for g in groups if g['params']]
     if c.name=='adamw': return torch.optim.AdamW(groups, lr=lr, betas=c.betas, eps=c.eps, fused=True)
     need(matrices, f"optim.name is muon, and none of {len(named)} parameters is a matrix of 'blocks' or 'pool': set optim.name=adamw")

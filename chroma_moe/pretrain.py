@@ -238,7 +238,7 @@ def load_texts(
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/pretrain',# folder for the model, its metrics and its checkpoints
     resume:bool=False,      # go on from the newest checkpoint in `out`, if there is one

@@ -1,0 +1,66 @@
+"""Scores of several runs of the recipe in one small file, which the chapter of results reads.
+
+    python recipes/mini/figures.py --data DIR --out recipes/mini/results.json NAME=RUN [NAME=RUN ...]
+
+RUN is the --out of run.py, or any folder that chroma_evaluate wrote results.json to. For each system: nDCG@10 by dev set with its interval, and on the
+queries that hold a number or an identifier; learning curves of each stage; bytes of the model folder.
+"""
+import argparse, json, re
+from pathlib import Path
+
+import numpy as np
+
+from chroma_moe.evaluation import local_tasks
+from chroma_moe.files import write_whole
+from chroma_moe.metrics import bootstrap
+from chroma_moe.monitor import read_metrics
+
+NUMBER = re.compile(r'(?<![\w])\$?\d[\d,.]*%?(?!\w)')       # 12, 4.1, 2019
+CODE = re.compile(r'\b(?=\w*\d)(?=\w*[A-Za-z])[\w-]{4,}\b') # a model number: letters and digits in one word
+
+def slices(queries):
+    "Name -> which queries belong to it."
+    return dict(all=[True]*len(queries), number=[bool(NUMBER.search(q)) for q in queries], code=[bool(CODE.search(q)) for q in queries])
+
+def scores(path, tasks):
+    "system -> set -> slice -> mean, low, high, queries."
+    out = {}
+    for r in json.loads(path.read_text(encoding='utf-8'))['rows']:
+        name = r['task'].split('/')[-1]
+        if r['kind']=='retrieval' and r['metric']=='ndcg@10' and r.get('values'):
+            v = np.array(r['values'])
+            for s,mine in slices(list(tasks[r['task']].data['queries'].values())).items():
+                few = v[np.array(mine)]
+                if len(few)>=30: out.setdefault(r['system'], {}).setdefault(name, {})[s] = [*(round(float(x), 4) for x in bootstrap(few)), len(few)]
+        elif r['kind'] in ('sts','classification') and r['metric'] in ('spearman','knn_accuracy'):
+            found = [r[k] if r[k] is None else round(r[k], 4) for k in ('value','low','high')]
+            out.setdefault(r['system'], {})[r['task']] = dict(all=[*found, r['items']])
+    return out
+
+def curves(run):
+    "stage -> step, loss or held-out nDCG."
+    out = {}
+    for stage in ('bag', 'tuned'):
+        if not (run/stage/'metrics.jsonl').exists(): continue
+        rows = read_metrics(run/stage/'metrics.jsonl')
+        out[stage] = dict(loss=[[r['step'], round(r['loss'], 3)] for r in rows if 'loss' in r][::5],
+                          ndcg=[[r['step'], round(r['eval_ndcg'], 4)] for r in rows if 'eval_ndcg' in r],
+                          tokens=max((r.get('tokens', 0) for r in rows), default=0))
+    return out
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('runs', nargs='+', metavar='NAME=RUN')
+    for k in ('data','out'): parser.add_argument(f'--{k}', type=Path, required=True)
+    a = parser.parse_args(); tasks = {t.name: t for t in local_tasks(a.data)}; found = {}
+    for name,_,run in (x.partition('=') for x in a.runs):
+        run = Path(run); place = run/'scores'/'results.json' if (run/'scores').is_dir() else run/'results.json'
+        found[name] = dict(scores=scores(place, tasks), curves=curves(run))
+        if (run/'model').is_dir(): found[name]['bytes'] = {p.name: p.stat().st_size for p in sorted((run/'model').iterdir()) if p.is_file()}
+    write_whole(a.out, json.dumps(found, indent=None, separators=(',', ':'))+'\n')
+    for name,f in found.items():
+        for system,by in f['scores'].items():
+            means = [v['all'][0] for k,v in by.items() if '/' not in k]
+            print(f'{name:12}{system:14}' + ' '.join(f"{k[:12]} {v['all'][0]:.3f}" for k,v in by.items()) + f' | mean {np.mean(means):.4f}')
+
+if __name__=='__main__': main()

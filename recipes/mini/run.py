@@ -1,0 +1,79 @@
+"""A small embedding model from a folder of finance and shop text: from raw rows to a model folder with its scores, in one command.
+
+    python recipes/mini/run.py --data DIR --out runs/mini                       everything; killed and started again it goes on
+    python recipes/mini/run.py --data DIR --out runs/mini --strict --licensed   what the shipped model was made with
+    python recipes/mini/run.py --data DIR --out runs/trial --steps 0.02         two percent of the steps, to see it run
+
+DIR is laid out as `prepare.py` says; every dev set in it is scored at the end. Each stage is a command that also works by hand, and is printed.
+"""
+import argparse, json, os, shlex, shutil, subprocess, sys
+from pathlib import Path
+
+from chroma_moe.config import load_config
+from chroma_moe.encoder import ChromaMoE
+
+HERE = Path(__file__).parent
+STAGES = ('data', 'tokenizer', 'own', 'bag', 'mined', 'tuned', 'model', 'evaluate')
+
+def stage(name, done, command, log):
+    "Run a command, unless what it makes is there."
+    if done.exists(): return print(f'[{name}] is there', flush=True)
+    print(f'[{name}] {shlex.join(map(str, command))}', flush=True)
+    with open(log/f'{name}.log', 'a', encoding='utf-8') as f:
+        code = subprocess.run([sys.executable, *map(str, command)], stdout=f, stderr=subprocess.STDOUT).returncode
+    if code or not done.exists(): sys.exit(f'[{name}] ended with code {code}: its last words are in {log/name}.log; start the same command again to go on')
+
+def ship(source, folder, weights, length):
+    "The tuned model with small weights, under its final name only when it is whole."
+    new = folder.with_name(folder.name+'.new'); shutil.rmtree(new, ignore_errors=True)
+    chroma = ChromaMoE.from_pretrained(source); chroma.max_length = length
+    chroma.save_pretrained(new, weights)
+    os.replace(new, folder)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--data', type=Path, required=True, help='a folder with corpus/, train/ and retrieval/')
+    parser.add_argument('--out', type=Path, default=Path('runs/mini'))
+    parser.add_argument('--config', type=Path, default=HERE/'mini.yaml')
+    parser.add_argument('--set', action='append', default=[], help='section.key=value for every stage (may be repeated)')
+    parser.add_argument('--strict', action='store_true', help='train on nothing that the dev sets are judged on')
+    parser.add_argument('--licensed', action='store_true', help='train on sources with clear terms only')
+    parser.add_argument('--without', action='append', default=[], help='a source of pairs to leave out (may be repeated)')
+    parser.add_argument('--steps', type=float, default=1., help='share of the steps of each stage')
+    parser.add_argument('--until', choices=STAGES, default=STAGES[-1], help='the last stage')
+    parser.add_argument('--weights', default='int8', help='of the final folder: float32, bfloat16 or int8')
+    parser.add_argument('--length', type=int, default=1024, help='tokens of a text that the final model reads')
+    a = parser.parse_args(); out = a.out; out.mkdir(parents=True, exist_ok=True)
+    data,log = out/'data',out
+    def module(name, *more, sets=()):                      # a command of the package with the recipe's settings
+        every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', f'data.valid_pairs={data}/valid.jsonl', *sets, *a.set]
+        return ['-m', f'chroma_moe.{name}', '--config', a.config, *(x for s in every for x in ('--set', s)), *map(str, more)]
+    def tuned(name, folder, files, start=None, steps=None, more=()):
+        steps = steps or load_config(a.config).tune.steps
+        sets = [f'tune.steps={max(2, round(steps*a.steps))}', f'data.pairs=[{",".join(map(str, files))}]', *more]
+        begin = ['--pretrained', start] if start else []
+        resume = ['--resume'] if (folder/'checkpoints').exists() else []
+        stage(folder.name, folder/'model.safetensors', module(name, *begin, '--out', folder, '--no_progress', *resume, sets=sets), log)
+
+    flags = [f'--{k}' for k in ('strict','licensed') if getattr(a, k)] + [x for w in a.without for x in ('--without', w)]
+    bag = ['tune.lr=0.06', 'tune.min_lr=0.002', 'optim.eps=4e-6', 'optim.embedding=1', 'tune.batch_pairs=1024', 'tune.batch_tokens=0',
+           'train.micro_tokens=0', 'train.precision=fp32', 'data.max_length=1024']
+    own,mined = out/'own.jsonl',out/'mined.jsonl'
+    work = dict(
+        data=lambda: stage('data', data/'pairs.jsonl', [HERE/'prepare.py', '--data', a.data, '--out', data, *flags], log),
+        tokenizer=lambda: stage('tokenizer', out/'tokenizer', module('tokenizer', '--source', data/'texts.jsonl', '--out', out/'tokenizer',
+                                                                     '--no_progress'), log),
+        own=lambda: stage('own', own, module('crops', '--source', data/'texts.jsonl', '--out', own), log),
+        bag=lambda: tuned('bag', out/'bag', [data/'pairs.jsonl', own], steps=500, more=bag),
+        mined=lambda: stage('mined', mined, module('mining', '--source', data/'pairs.jsonl', '--retriever', 'dense', '--model', out/'bag', '--out', mined,
+                                                   '--negatives', 2, '--last', 30, '--pick', 'random', '--relative', 0.97, '--no_keep', '--no_progress'), log),
+        tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'bag'),
+        model=lambda: (out/'model').exists() or ship(out/'tuned', out/'model', a.weights, a.length),
+        evaluate=lambda: stage('evaluate', out/'scores'/'results.json', ['-m', 'chroma_moe.evaluate', '--model', out/'model', '--benchmark', f'local:{a.data}',
+                               '--baselines', 'bm25,bag,hybrid:0.3,hybrid:0.5,hybrid:0.7', '--out', out/'scores'], log))
+    for name in STAGES[:STAGES.index(a.until)+1]: work[name]()
+    if (out/'scores'/'results.json').exists():
+        rows = json.loads((out/'scores'/'results.json').read_text(encoding='utf-8'))['rows']
+        print(f'{len(rows)} figures in {out/"scores"}; the model is {out/"model"}')
+
+if __name__=='__main__': main()
