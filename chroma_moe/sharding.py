@@ -30,7 +30,7 @@ def shard(
     ranks:Ranks,
 ) -> ChromaModel: # the same
     "Keep a share of each parameter on each process, if the run is sharded."
-    if not ranks.sharded or is_cut(next(model.parameters())): return model
+    if not ranks.sharded or not isinstance(model, ChromaModel) or is_cut(next(model.parameters())): return model
     from torch.distributed.device_mesh import init_device_mesh                        # a second of imports
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(ranks.device.type, (ranks.n,))
