@@ -223,9 +223,11 @@ def cached_attention(
     scale:float,    # of the products
 ) -> Tensor: # (B, H, v)
     "Attention of a new token to all of its text so far."
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum('bgrd,bngd->bgrn', q.unflatten(1, (k.shape[2],-1)), k).to(wide) * scale
+    wide,q = torch.promote_types(q.dtype, torch.float32),q.unflatten(1, (k.shape[2],-1)) # (B, G, H/G, n+r)
     ahead = torch.arange(k.shape[1], device=q.device) >= lengths[:,None]              # (B, N) places not yet written
+    if k.shape[-1]==v.shape[-1]:                                                      # keys and values are read where they lie, without a copy
+        return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), ~ahead[:,None,None], scale=scale).flatten(1, 2)
+    scores = torch.einsum('bgrd,bngd->bgrn', q, k).to(wide) * scale
     p = scores.masked_fill(ahead[:,None,None], -math.inf).softmax(-1).to(v.dtype)     # (B, G, H/G, N)
     return torch.einsum('bgrn,bngd->bgrd', p, v).flatten(1, 2)
 

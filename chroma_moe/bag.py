@@ -35,7 +35,7 @@ def token_importance(
 @cli
 def chroma_bag(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/bag',     # folder for the model and its metrics
     resume:bool=False,      # go on from the newest checkpoint in `out`, if there is one

@@ -203,7 +203,7 @@ def languages(
 _UNKNOWN = 'Some or all of what it was trained on is unknown: test sets may have been among it, and texts whose licence forbids your use.'
 _BUILT_IN = ('It was trained on the built-in corpus only, which is generated: its companies and products do not exist, and its sentences follow '
              'patterns. Scores on it show that training works; they do not carry over to real text.')
-_UNTUNED = 'It was not tuned on pairs: it predicts masked words, and the cosine of two of its vectors means little.'
+_UNTUNED = 'It was not tuned on pairs: it predicts words, and the cosine of two of its vectors means little.'
 _ALWAYS = ['Nothing was done or measured about bias, toxicity, personal data or misuse.',
            'A high cosine means likeness, not truth; it is no financial, legal or medical advice.',
            'Vectors of another model, or of this one after more training, do not fit beside these in one index.']

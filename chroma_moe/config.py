@@ -7,7 +7,8 @@ __all__ = ['KINDS', 'POOLINGS', 'STRATEGIES', 'PROFILES', 'ChromaError', 'Config
            'PoolingConfig', 'ModelConfig', 'attention_params', 'feed_forward_params', 'pooling_params', 'count_params',
            'flops_per_token', 'memory_bytes', 'TokenizerConfig', 'DataConfig', 'MergeConfig', 'OptimConfig',
            'TrainConfig', 'ParallelConfig', 'WandbConfig', 'PretrainConfig', 'TuneConfig', 'EvaluateConfig', 'Config',
-           'build', 'read_yaml', 'load_config', 'to_dict', 'to_yaml', 'cli', 'model_figures', 'chroma_config']
+           'build', 'read_yaml', 'load_config', 'check_objective', 'to_dict', 'to_yaml', 'cli', 'model_figures',
+           'chroma_config']
 
 # %% ../nbs/00_config.ipynb #391d4193
 import sys, json, inspect, argparse, difflib
@@ -343,7 +344,8 @@ class WandbConfig:
 # %% ../nbs/00_config.ipynb #918d6052
 @dataclass(frozen=True)
 class PretrainConfig:
-    "Phase 1: span-masked prediction."
+    "Phase 1: hidden spans, or next tokens."
+    objective:str = 'mlm'      # what is predicted: 'mlm', hidden spans, or 'clm', each next token, with causal attention
     steps:int = 1000           # optimizer steps
     batch_tokens:int = 16384   # tokens in a step
     lr:float = 3e-4            # peak learning rate
@@ -357,10 +359,13 @@ class PretrainConfig:
     seed:int = 0               # initial weights, order of the texts, and masks
 
     def __post_init__(self):
+        need(self.objective in ('mlm','clm'), f"pretrain.objective is '{self.objective}': give mlm (hidden spans) or clm (next tokens)")
         need(0<self.mask_ratio<1, f'pretrain.mask_ratio is {self.mask_ratio}: give a share between 0 and 1, such as 0.15')
         need(self.mean_span>=1, f'pretrain.mean_span is {self.mean_span}: a span has at least one token')
         need(self.spans in ('geometric','t5'), f"pretrain.spans is '{self.spans}': give geometric or t5")
         need(0<=self.corrupt<=1, f'pretrain.corrupt is {self.corrupt}: give a share between 0 and 1, such as 0.2')
+        need(self.objective=='mlm' or not self.corrupt, f'pretrain.corrupt is {self.corrupt} and pretrain.objective is clm: next tokens are predicted '
+             'from the text as it is, set pretrain.corrupt=0, or pretrain.objective=mlm')
         need(0<=self.dense_start<1, f'pretrain.dense_start is {self.dense_start}: give a share of the steps in [0, 1), such as 0.1')
         _check_phase('pretrain', self)
 
@@ -390,6 +395,7 @@ class TuneConfig:
     instructions:tuple[str,...] = () # what the queries want, TEXT or SOURCE=TEXT; () is what the rows say, '' is nothing
     query_length:int = 0       # tokens of a query before it is cut; 0 is data.max_length
     best:bool = True           # end with the weights that did best on held-out pairs?
+    both_ways:bool = False     # let each token see all of its text, also in a model that was pre-trained on next tokens?
     seed:int = 0               # order of the pairs
 
     def __post_init__(self):
@@ -427,7 +433,7 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class Config:
     "Everything a run depends on."
-    active_model_profile:str = 'debug' # tiny, mini, debug, full, t4 or classic: the defaults that the rest is changed from
+    active_model_profile:str = 'debug' # tiny, mini, debug, full, blues, t4 or classic: the defaults that the rest is changed from
     model:ModelConfig = field(default_factory=ModelConfig)
     tokenizer:TokenizerConfig = field(default_factory=TokenizerConfig)
     data:DataConfig = field(default_factory=DataConfig)
@@ -474,6 +480,13 @@ PROFILES = dict(
         data = dict(max_length=8192),
         pretrain = dict(batch_tokens=2_000_000),
         tune = dict(batch_pairs=16384, lr=5e-5, min_lr=5e-6)),
+    blues = dict(
+        model = dict(vocab_size=200_064, dim=768, layers=12, max_length=2048,
+            attention = dict(kind='mqa', heads=12, head_dim=64),
+            moe = dict(experts=8, top_k=2, expert_dim=2048, shared=0, every=2, dense_dim=2048, noise=0.1),
+            pooling = dict(kind='mean', out_dim=768)),
+        data = dict(max_length=1024),
+        pretrain = dict(objective='clm')),
     t4 = dict(
         model = dict(vocab_size=30000, dim=512, layers=6, max_length=2048, ffn='gelu',
             attention = dict(kind='gqa', heads=8, kv_heads=2, head_dim=64, yarn_factor=4., yarn_original=512),
@@ -573,7 +586,20 @@ def load_config(
     given = _merge(given, _assignments(sets))
     name = profile or given.get('active_model_profile', 'debug')
     need(name in PROFILES, f"active_model_profile is '{name}': {_nearest(str(name), list(PROFILES))}")
-    return build(Config, _merge(_merge(PROFILES[name], given), dict(active_model_profile=name)))
+    values = _merge(PROFILES[name], given)
+    phase = values.get('pretrain')
+    if isinstance(phase,dict) and phase.get('objective')=='clm': values = _merge(dict(model=dict(attention=dict(causal=True))), values)
+    return build(Config, _merge(values, dict(active_model_profile=name)))
+
+def check_objective(
+    c:Config, # of a run of phase 1
+):
+    "Refuse attention that does not fit what is predicted."
+    clm,causal = c.pretrain.objective=='clm',c.model.attention.causal
+    need(causal or not clm, 'pretrain.objective is clm and model.attention.causal is false: a token would see what it is to predict, leave '
+         'model.attention.causal out')
+    need(clm or not causal, 'pretrain.objective is mlm and model.attention.causal is true: hidden words are read from both sides, set '
+         'pretrain.objective=clm, or model.attention.causal=false')
 
 # %% ../nbs/00_config.ipynb #814987d1
 def to_dict(c) -> dict:
@@ -653,7 +679,7 @@ def model_figures(m:ModelConfig) -> dict:
 @cli
 def chroma_config(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value
     json:bool=False,        # print the figures and the configuration as JSON?
 ):

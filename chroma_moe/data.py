@@ -92,7 +92,7 @@ class chroma_data:
     def leaks(
         against:list[str],      # evaluation sets: files, folders, registered names, or 'world'
         config:str|None=None,   # a YAML file
-        profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+        profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
         set:list[str]=(),       # section.key=value
         source:list[str]=(),    # NAME or PATH to look through; by default data.texts, or data.pairs
         kind:str='text',        # text or pair: which of the two
@@ -113,7 +113,7 @@ class chroma_data:
     @staticmethod
     def build(
         config:str|None=None,   # a YAML file
-        profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+        profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
         set:list[str]=(),       # section.key=value
         source:list[str]=(),    # NAME or PATH, with =WEIGHT where shares matter; by default data.texts
         tokenizer:str|None=None,# folder of the tokenizer; by default tokenizer.path
@@ -140,7 +140,7 @@ class chroma_data:
     @staticmethod
     def merge(
         config:str|None=None,   # a YAML file with a merge section
-        profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+        profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
         set:list[str]=(),       # section.key=value
         store:list[str]=(),     # folder of a store, with =WEIGHT for strategy weighted; by default merge.stores
         strategy:str|None=None, # weighted, equal or proportional; by default merge.strategy

@@ -781,7 +781,7 @@ def _per_retriever(values, what):
 @cli
 def chroma_mine(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value
     source:list[str]=(),    # NAME or PATH of pairs; by default data.pairs
     corpus:list[str]=(),    # NAME or PATH of texts to mine from; by default the texts of the pairs

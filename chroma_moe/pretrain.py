@@ -7,12 +7,12 @@ __all__ = ['TextBatches', 'masked_part', 'MaskedParts', 'masked_loss', 'Validati
            'load_tokenizer', 'load_texts', 'chroma_pretrain']
 
 # %% ../nbs/16_pretrain.ipynb #0959f58f
-import os, time
+import math, os, time
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 import torch
-from .config import ChromaError, Config, ModelConfig, build, cli, load_config, need, to_yaml
+from .config import ChromaError, Config, ModelConfig, build, check_objective, cli, load_config, need, to_yaml
 from .mixing import texts
 from .tokenizer import ChromaTokenizer
 from .packing import token_batches
@@ -23,6 +23,7 @@ from .upcycling import upcycle
 from .card import add_phase, command_line, seen_in, settings_of
 from .encoder import ChromaMoE
 from .masking import Masked, mask_batch
+from .next_tokens import next_batch
 from .moe import add_stats, routing_summary
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start, sum_gradients
@@ -59,7 +60,8 @@ def masked_part(
 ) -> Part:
     "What one process computes at one time."
     p = c.pretrain
-    masked = mask_batch(texts, [(p.seed,*k) for k in keys], p.mask_ratio, p.mean_span, p.corrupt, c.model.vocab_size, p.spans)
+    masked = next_batch(texts) if p.objective=='clm' else mask_batch(texts, [(p.seed,*k) for k in keys], p.mask_ratio, p.mean_span, p.corrupt,
+                                                                     c.model.vocab_size, p.spans)
     return Part(masked, len(masked.target), len(masked.batch.ids))
 
 class MaskedParts:
@@ -84,7 +86,7 @@ def masked_loss(
     model:ChromaModel,
     masked:Masked,
 ) -> Loss: # summed over the masked tokens
-    "Cross-entropy at the masked positions."
+    "Cross-entropy at the positions that are asked."
     h,stats = model.hidden(masked.batch)
     rows,columns = model.words(h[masked.where])
     ones = torch.ones(len(rows), device=rows.device, dtype=torch.promote_types(rows.dtype, torch.float32))
@@ -150,11 +152,13 @@ def pretrain(
     resume:bool=False,           # go on from the newest checkpoint in `folder`, if there is one
     ranks:Ranks|None=None,       # by default one process
 ) -> ChromaModel:
-    "Train a model on masked text."
+    "Train a model on text: hidden spans, or next tokens."
+    check_objective(c if model is None else replace(c, model=model.m))
     p,ranks = c.pretrain,ranks or Ranks()
     switch = round(p.dense_start*p.steps)
     model = model or ChromaModel(dense_model(c.model) if switch else c.model, p.seed)
-    run = Trainer(model, masked_loss, c, 'pretrain', ranks=ranks, log=log, folder=folder, head=p.mask_ratio, progress=progress)
+    run = Trainer(model, masked_loss, c, 'pretrain', ranks=ranks, log=log, folder=folder,
+                  head=1. if p.objective=='clm' else p.mask_ratio, progress=progress)
     feed,judge = Feed(MaskedParts(ids, c, ranks)), Validation(valid, c, ranks) if valid else None
     place = run.resume(lambda shape: ChromaModel(build(ModelConfig, shape), p.seed)) if resume else None
     if place: feed.load(place)
@@ -238,16 +242,16 @@ def load_texts(
 @cli
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/pretrain',# folder for the model, its metrics and its checkpoints
     resume:bool=False,      # go on from the newest checkpoint in `out`, if there is one
     test_ddp:bool=False,    # only check that the processes work together
     progress:bool=True,     # show a bar?
 ):
-    "Phase 1: train a model on masked text, of `data.texts` or of the token store `data.store`."
+    "Phase 1: train a model on hidden spans or next tokens (`pretrain.objective`), of `data.texts` or of the token store `data.store`."
     tune_cpu()
-    c = load_config(config, profile, set)
+    c = load_config(config, profile, set); check_objective(c)
     ranks = start(c.train.precision, c.parallel.expert)
     if test_ddp:
         for line in check_processes(ranks, out): ranks.say(line)
@@ -262,11 +266,13 @@ def chroma_pretrain(
     model = pretrain(c, ids, log, progress, valid=valid, folder=out, resume=resume, ranks=ranks)
     if ranks.main:
         about = add_phase(None, 'pre-training', ids.sources if c.data.store else c.data.texts, settings_of(c, 'pretrain'),
-                          command_line('chroma_pretrain', config=config, profile=profile, set=set), **seen_in(log.rows, 'pretrain'))
+                          command_line('chroma_pretrain', config=config, profile=profile, set=set), **seen_in(log.rows, 'pretrain'),
+                          note='it predicts next tokens: chroma_generate writes with it' if c.pretrain.objective=='clm' else '')
         ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
         (Path(out)/'config.yaml').write_text(to_yaml(c))
         last = next((r for r in reversed(log.rows) if 'eval' in r), {'eval': {}})
         for d,v in last['eval'].items():
-            print(f"{d}: masked loss {v['loss']:.3f}, {v['accuracy']:.1%} right (the most frequent token: {v['guess']:.1%})")
+            what = f"loss {v['loss']:.3f}, perplexity {math.exp(v['loss']):.1f}" if c.pretrain.objective=='clm' else f"masked loss {v['loss']:.3f}"
+            print(f"{d}: {what}, {v['accuracy']:.1%} right (the most frequent token: {v['guess']:.1%})")
         print(f'model written to {out}')
     ranks.end()

@@ -716,7 +716,7 @@ def _last_words(r, out, texts, max_cost):
 @cli
 def chroma_synthesise(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value; data.size is how many texts are asked about
     source:list[str]=(),    # NAME or PATH of texts, with =WEIGHT where shares matter; by default data.texts
     model:str='',           # by the name that the server knows

@@ -358,7 +358,7 @@ def _foreign(name):
 @cli
 def chroma_tokenizer(
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value; tokenizer.terms=false leaves the domain terms out
     source:list[str]=(),    # NAME_OR_PATH[=WEIGHT] of texts; by default tokenizer.sources, or else data.texts
     vocab_size:int|None=None, # tokens, such as 32000, 65536 or 98304; by default model.vocab_size

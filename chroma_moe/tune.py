@@ -31,6 +31,7 @@ from .monitor import MetricsLog
 from .parallel import Ranks, deal, start
 from .expert_parallel import even_passes, whole_model
 from .training import Feed, Part, Trainer, check_out, epochs, tune_cpu
+from .directions import turn_attention
 from .losses import Contrast, Group, check_loss
 from .gradcache import Batch, GradCache, Rows, cut
 
@@ -337,7 +338,7 @@ def load_pairs(
 def chroma_tune(
     pretrained:str='runs/pretrain', # folder of a model, from phase 1
     config:str|None=None,   # a YAML file
-    profile:str|None=None,  # tiny, mini, debug, full, t4 or classic
+    profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/tune',    # folder for the tuned model and its metrics
     resume:bool=False,      # go on from the newest checkpoint in `out`, if there is one
@@ -349,6 +350,7 @@ def chroma_tune(
     ranks = start(c.train.precision, c.parallel.expert)
     first = ChromaMoE.from_pretrained(pretrained)
     check_out(out, resume)
+    if c.tune.both_ways: first.model = turn_attention(first.model)
     c = replace(c, model=first.model.m)                                                # the shape is the folder's, whatever the profile
     p,held = load_pairs(c, first.tokenizer)
     if not held: ranks.say('no held-out pairs: give data.valid_pairs=FILE to see how well queries are answered that are not trained on')

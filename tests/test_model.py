@@ -28,7 +28,7 @@ SMALL = dict(tiny=sized(), t4=sized('t4', 'layers=2', 'dim=64', 'vocab_size=512'
 # Sizes
 
 COUNTS = dict(full=(2_804_043_776, 888_295_424), debug=(50_846_208, 46_127_616), tiny=(1_225_792, 930_880), t4=(32_078_336, 32_078_336),
-              classic=(7_478_528, 7_478_528))
+              classic=(7_478_528, 7_478_528), blues=(424_434_432, 254_565_120), mini=(18_551_136, 17_666_400))
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_profile_has_exactly_its_parameters(profile):
