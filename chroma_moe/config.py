@@ -6,8 +6,9 @@
 __all__ = ['KINDS', 'POOLINGS', 'STRATEGIES', 'PROFILES', 'ChromaError', 'ConfigError', 'need', 'AttentionConfig', 'MoEConfig',
            'PoolingConfig', 'ModelConfig', 'attention_params', 'feed_forward_params', 'pooling_params', 'count_params',
            'flops_per_token', 'memory_bytes', 'TokenizerConfig', 'DataConfig', 'MergeConfig', 'OptimConfig',
-           'TrainConfig', 'WandbConfig', 'PretrainConfig', 'TuneConfig', 'EvaluateConfig', 'Config', 'build',
-           'read_yaml', 'load_config', 'check_objective', 'to_dict', 'to_yaml', 'cli', 'model_figures', 'chroma_config']
+           'TrainConfig', 'ParallelConfig', 'WandbConfig', 'PretrainConfig', 'TuneConfig', 'EvaluateConfig', 'Config',
+           'build', 'read_yaml', 'load_config', 'check_objective', 'to_dict', 'to_yaml', 'cli', 'model_figures',
+           'chroma_config']
 
 # %% ../nbs/00_config.ipynb #391d4193
 import sys, json, inspect, argparse, difflib
@@ -322,6 +323,13 @@ class TrainConfig:
         need(self.save_every>=-1, f'train.save_every is {self.save_every}: give steps, 0 for ten checkpoints a run, or -1 for none')
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    "How a model lies over several processes."
+    expert:int = 1             # processes that share the experts of each layer between them; 1 gives every process all experts
+
+    def __post_init__(self): need(self.expert>0, f'parallel.expert is {self.expert}: it must be at least 1')
+
+@dataclass(frozen=True)
 class WandbConfig:
     "Weights & Biases. A run never waits for it and never fails because of it."
     enabled:bool = False       # send metrics there too?
@@ -432,10 +440,16 @@ class Config:
     merge:MergeConfig = field(default_factory=MergeConfig)
     optim:OptimConfig = field(default_factory=OptimConfig)
     train:TrainConfig = field(default_factory=TrainConfig)
+    parallel:ParallelConfig = field(default_factory=ParallelConfig)
     wandb:WandbConfig = field(default_factory=WandbConfig)
     pretrain:PretrainConfig = field(default_factory=PretrainConfig)
     tune:TuneConfig = field(default_factory=TuneConfig)
     evaluate:EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self):
+        n,experts = self.parallel.expert,self.model.moe.experts
+        need(n==1 or self.model.moe_layers and experts%n==0, f'parallel.expert is {n} and the model has {experts if self.model.moe_layers else 0} experts '
+             f'in a layer: give a divisor of them, or 1')
 
 # %% ../nbs/00_config.ipynb #d4c36957
 PROFILES = dict(

@@ -8,12 +8,16 @@ __all__ = ['Texts', 'encode_files', 'chroma_encode']
 # %% ../nbs/22a_encode.ipynb #b4fed432
 import itertools, sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tqdm import tqdm
 from .config import ChromaError, cli, need
 from .rows import SUFFIXES, DataFile, records
 from .indexing import Index, IndexWriter
 from .encoder import ChromaMoE
+from .parallel import Ranks, start
+from .expert_parallel import even_passes, spread
+from .shared_encoding import after_main
 from .training import tune_cpu
 
 # %% ../nbs/22a_encode.ipynb #07087a88
@@ -76,24 +80,35 @@ def encode_files(
     precision:str='float32',     # of the vectors
     truncate_dim:int|None=None,  # keep the first so many numbers
     progress:bool=False,         # show a bar?
+    ranks:Ranks|None=None,       # by default one process
     **kw,                        # of `encode`
 ) -> Index:
     "Encode the texts of files into an index on disk."
-    need(part>0, f'part is {part}: give 1 record or more')
+    need(part>0, f'part is {part}: give 1 record or more'); ranks = ranks or Ranks()
     about = (about or {})|dict(part=part, passage_tokens=passage_tokens, overlap=overlap, truncate_dim=truncate_dim)|kw
-    writer = IndexWriter(out, model.fingerprint, precision, truncate_dim or model.model.embed_dim, about)
+    begin = partial(IndexWriter, out, model.fingerprint, precision, truncate_dim or model.model.embed_dim, about)
+    writer = after_main(begin, partial(begin, held=False), ranks)
     if writer.complete: return writer.finish()
-    stream,bar = iter(texts), tqdm(desc='encoding', unit=' records', disable=not progress)
-    for _ in itertools.islice(stream, writer.done*part): bar.update()
-    while found := list(itertools.islice(stream, part)):
+    def encode(found):
         pairs = [p for p in found if p]
         ids,words = [p[0] for p in pairs],[p[1] for p in pairs]
-        if passage_tokens: v,rows = model.encode_passages(words, ids, passage_tokens, overlap, truncate_dim=truncate_dim, **kw)
-        else: v,rows = model.encode(words, truncate_dim=truncate_dim, **kw),[dict(id=i, text=w) for i,w in pairs]
-        writer.add(v, rows); bar.update(len(found))
+        if passage_tokens: return model.encode_passages(words, ids, passage_tokens, overlap, truncate_dim=truncate_dim, **kw)
+        return model.encode(words, truncate_dim=truncate_dim, **kw), [dict(id=i, text=w) for i,w in pairs]
+
+    stream,bar = iter(texts), tqdm(desc='encoding', unit=' records', disable=not progress)
+    pieces = iter(lambda: list(itertools.islice(stream, part)), [])
+    there,turn,n = after_main(writer.there, None, ranks), 0, 0
+    spread(model.model, ranks)
+    with even_passes(model.model, ranks):
+        for n,found in enumerate(pieces, 1):
+            if n-1 not in there:
+                if turn%ranks.n==ranks.rank: writer.add(*encode(found), n-1)
+                turn += 1
+            bar.update(len(found))
     bar.close()
-    need(writer.done, f"{', '.join(f.path for f in texts.files)}: no records, so there is nothing to encode")
-    return writer.finish()
+    need(n, f"{', '.join(f.path for f in texts.files)}: no records, so there is nothing to encode")
+    ranks.wait()
+    return after_main(writer.finish, lambda: Index.open(out), ranks)
 
 # %% ../nbs/22a_encode.ipynb #552af377
 @cli
@@ -110,7 +125,8 @@ def chroma_encode(
     truncate_dim:int=0,          # keep the first so many numbers; 0 keeps all
     part:int=20000,              # records in a part
     batch_tokens:int=16384,      # tokens in a batch
-    device:str|None=None,        # cpu, cuda, ...
+    expert:int=1,                # of several processes: so many share the experts of each layer between them
+    device:str|None=None,        # cpu, cuda, ...; by default the CPU, or of several processes the GPU that each was given
     dtype:str|None=None,         # float32 or bfloat16
     threads:int=0,               # of PyTorch; 0 leaves its default
     skip_bad:bool=False,         # leave out records without a text?
@@ -119,10 +135,13 @@ def chroma_encode(
     "Encode files into an index on disk."
     need(input, 'no --input: give a file or folder of texts')
     files = _files(input); tune_cpu(threads)
-    chroma = ChromaMoE.from_pretrained(model, device=device, dtype=dtype)
+    ranks = start('fp32', expert)
+    need(not ranks.sharded, 'the launcher was asked for sharded weights (FSDP), and texts are encoded by whole models: start it without, or give --expert')
+    chroma = ChromaMoE.from_pretrained(model, device=device or (str(ranks.device) if ranks.n>1 else None), dtype=dtype)
     source = Texts(files, text, id, skip_bad)
     about = dict(input=[dict(name=Path(f.path).name, size=f.size()) for f in files], text=list(text), id=id, skip_bad=skip_bad)
     index = encode_files(chroma, source, output, about, part, passage_tokens or None, overlap, precision, truncate_dim or None,
-                         progress and sys.stderr.isatty(), prompt_name=prompt_name, batch_tokens=batch_tokens)
+                         progress and ranks.main and sys.stderr.isatty(), ranks, prompt_name=prompt_name, batch_tokens=batch_tokens)
     left = f'; {source.bad:,} records without a text left out' if source.bad else ''
-    print(f"{len(index):,} {'passages' if passage_tokens else 'texts'}, {index.width} numbers each as {precision}, in {output}{left}")
+    ranks.say(f"{len(index):,} {'passages' if passage_tokens else 'texts'}, {index.width} numbers each as {precision}, in {output}{left}")
+    ranks.end()

@@ -21,6 +21,8 @@ from .leaks import LeakGuard, normal
 from .card import add_scores, command_line
 from .encoder import ChromaMoE
 from .metrics import compare, paired_bootstrap
+from .parallel import start
+from .shared_encoding import encode_together
 from .training import tune_cpu
 from .charts import Markup, bar_chart, figure, section, side_by_side, table, tag, write_page
 from .evaluation import BM25, Bag, Dense, Hybrid, library_model, local_tasks, run_task, small_task, world_tasks, world_tests
@@ -399,6 +401,17 @@ def add_to_card(
     add_scores(folder, rows, results['model'], results['command'])
 
 # %% ../nbs/21e_evaluate.ipynb #a9c7002f
+def _evaluate(model, encoder, asked, beside, benchmark, baselines, out, pictures, debug, card):
+    "Score, write and print; on one process."
+    line = command_line('chroma_evaluate', model=model, benchmark=list(benchmark), baselines=list(baselines), debug=debug)
+    results = collect(encoder, Path(model).resolve().name, asked, beside, out, debug, line)
+    drawn = draw_all(encoder, world_tests(load_config(profile='tiny')), Path(out)/'pictures') if pictures else []
+    write_results(out, results, drawn)
+    if card and not debug and Path(model).is_dir(): add_to_card(model, results)
+    print('\n' + f'{TRIAL}\n\n'*debug + as_markdown(results).split('## Every figure')[0].split(READING)[1].strip())
+    print(f"\n{Path(out)/'results.html'}, results.md, results.json")
+    if not first_rows(results['rows']): raise ChromaError('nothing was scored: the reasons stand above')
+
 @cli
 def chroma_evaluate(
     model:str='runs/demo/model', # folder of the model, or its name on the hub
@@ -410,16 +423,13 @@ def chroma_evaluate(
     card:bool=True,              # add the scores to the card of the model?
     device:str='cpu',            # cpu or cuda
     threads:int=1,               # of PyTorch; 0 leaves its default
+    expert:int=1,                # of several processes: so many share the experts of each layer between them
 ):
     "Score a model on benchmarks, beside baselines."
     asked,beside = parse_benchmarks(benchmark or ['world']),parse_baselines(baselines)
     tune_cpu(threads)
-    encoder = ChromaMoE.from_pretrained(model, device=device)
-    line = command_line('chroma_evaluate', model=model, benchmark=list(benchmark), baselines=list(baselines), debug=debug)
-    results = collect(encoder, Path(model).resolve().name, asked, beside, out, debug, line)
-    drawn = draw_all(encoder, world_tests(load_config(profile='tiny')), Path(out)/'pictures') if pictures else []
-    write_results(out, results, drawn)
-    if card and not debug and Path(model).is_dir(): add_to_card(model, results)
-    print('\n' + f'{TRIAL}\n\n'*debug + as_markdown(results).split('## Every figure')[0].split(READING)[1].strip())
-    print(f"\n{Path(out)/'results.html'}, results.md, results.json")
-    if not first_rows(results['rows']): raise ChromaError('nothing was scored: the reasons stand above')
+    ranks = start('fp32', expert)
+    need(not (pictures and expert>1), f'expert is {expert}, and pictures look into the layers: draw them with one process')
+    with encode_together(ChromaMoE.from_pretrained(model, device=str(ranks.device) if ranks.n>1 else device), ranks) as encoder:
+        if encoder: _evaluate(model, encoder, asked, beside, benchmark, baselines, out, pictures, debug, card)
+    ranks.end()

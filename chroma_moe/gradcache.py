@@ -79,22 +79,25 @@ class GradCache:
     ) -> dict: # sums over the queries of this process, and the totals of all
         "Add this process's share of the gradient to `.grad`."
         [(batch,terms,tokens)] = parts
-        terms,tokens,flag = ranks.total(terms, tokens, flag)
+        chunks = batch.chunks
+        terms,tokens,flag,*many = ranks.total(terms, tokens, flag, *(len(chunks)*(r==ranks.rank) for r in range(ranks.n*ranks.apart)))
         need(terms>0, 'a step has no pairs: raise tune.batch_pairs')
-        n = len(batch.chunks)
+        n = int(max(many, default=len(chunks)))
+        idle = n-len(chunks)                                                           # passes in which this process only helps the others
+        chunks = [*(pack([[0]], device=ranks.device) for _ in range(idle)), *chunks]
         *seeds,after = torch.randint(1<<62, (n+1,)).tolist()
         def run(i):
             torch.manual_seed(seeds[i])
-            with ranks.autocast(): return embed(replace(batch.chunks[i]))              # a copy, so that what is derived from it goes with it
+            with ranks.autocast(): return embed(replace(chunks[i]))                    # a copy, so that what is derived from it goes with it
 
-        kept,own,stats,sizes = {},None,None,[len(c) for c in batch.chunks]
+        kept,own,stats,sizes = {},None,None,[len(c)*(i>=idle) for i,c in enumerate(chunks)]
         for i in range(n):
             keep = i>=n-max(1, round(self.retain*n))
             with torch.set_grad_enabled(keep): e,s = run(i)
             if keep: kept[i] = e,s
             if own is None: own = e.new_empty(sum(sizes), e.shape[1])
-            own.split(sizes)[i].copy_(e.detach())
-            stats = s and add_stats([stats, s] if stats else [s])
+            own.split(sizes)[i].copy_(e.detach()[:sizes[i]])
+            stats = stats if i<idle else s and add_stats([stats, s] if stats else [s])
             del e,s
         whole = whole_stats(ranks, stats)
 
@@ -106,8 +109,8 @@ class GradCache:
         for i in reversed(range(n)):                                                   # those with a graph first: they hold memory
             before(i==0)
             e,s = kept.pop(i, None) or run(i)
-            total = (e*grads[i]).sum()
-            if moe and s: total = total + scale(routing_loss(s, moe, whole))
+            total = (e[:sizes[i]]*grads[i]).sum()
+            if moe and s and i>=idle: total = total + scale(routing_loss(s, moe, whole))
             total.backward()
             del e,s,total
         torch.manual_seed(after)

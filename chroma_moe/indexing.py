@@ -183,6 +183,7 @@ class IndexWriter:
         precision:str,    # of the vectors
         width:int,        # numbers of a vector
         about:dict,       # what the vectors were made from; a folder begun with another is refused
+        held:bool=True,   # keep others out? Of several processes that write together one does
     ):
         self.folder = Path(folder)
         self.head = json.loads(json.dumps(dict(format=1, fingerprint=fingerprint, precision=precision, width=width, about=about)))
@@ -198,28 +199,37 @@ class IndexWriter:
             need(not self.folder.exists() or not any(self.folder.iterdir()), f"'{folder}' is not empty: give a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder/'begun.json', json.dumps(self.head)); self.complete = False
-        if not self.complete:
-            self.held = open(self.folder/'begun.json', 'r+b'); lock(self.held, folder)
-        self.done = 0                        # parts that are there
-        while self._paths(self.done)[0].exists(): self.done += 1
+        self.held = None
+        if held and not self.complete: self.held = open(self.folder/'begun.json', 'r+b'); lock(self.held, folder)
+        self.done = 0                        # parts that are there, without a gap
+        self._count()
 
     def _paths(self, i): return self.folder/f'vectors-{i:05}.npy', self.folder/f'rows-{i:05}.jsonl'
 
-    def add(self, vectors, rows):
-        "Write one more part: unit vectors, and a dict for each."
+    def there(self) -> set:
+        "Numbers of the parts that are written."
+        return {int(p.stem.partition('-')[2]) for p in self.folder.glob('vectors-*.npy')}
+
+    def _count(self):
+        while self._paths(self.done)[0].exists(): self.done += 1
+
+    def add(self, vectors, rows, i=None):
+        "Write one more part, or part `i`: unit vectors, and a dict for each."
         need(len(vectors)==len(rows), f'a part has {len(vectors)} vectors and {len(rows)} rows: give one each')
-        at,lines = self._paths(self.done)
+        at,lines = self._paths(self.done if i is None else i)
         text = ''.join(json.dumps(r, ensure_ascii=True)+'\n' for r in rows).encode()
         codes = quantise(np.asarray(vectors, np.float32).reshape(len(rows), self.head['width']), self.head['precision'])
         write_whole(lines, text); write_whole(at, lambda f: np.save(f, codes))                # the vectors come last: with them the part is there
-        self.done += 1
+        self._count()
 
     def finish(self) -> 'Index':
         "Write `index.json`, and open the index."
         if not self.complete:
+            self._count()                    # others may have written parts
             files = {p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for i in range(self.done) for p in self._paths(i)}
             write_whole(self.folder/'index.json', json.dumps(self.head|dict(files=files), indent=1))
-            (self.folder/'begun.json').unlink(); self.held.close(); self.complete = True
+            (self.folder/'begun.json').unlink(); self.complete = True
+            if self.held: self.held.close()
         return Index.open(self.folder)
 
 def _read_json(p):

@@ -65,6 +65,7 @@ def route(
 # %% ../nbs/06_moe.ipynb #a7cdbbb1
 class MoE(nn.Module):
     "Routed experts plus shared ones."
+    run = staticmethod(run_experts)        # what carries tokens to their experts and back
     def __init__(self, m:ModelConfig):
         super().__init__()
         e = self.e = m.moe
@@ -82,7 +83,7 @@ class MoE(nn.Module):
 
     def forward(self, x_TD:Tensor, valid_T:Tensor|None=None) -> tuple: # (T, D), (T,) -> (T, D), RoutingStats
         g_TK,i_TK,stats = self.choose(x_TD, valid_T)
-        y_TD = run_experts(x_TD, g_TK, i_TK, self.gate_up, self.down)
+        y_TD = self.run(x_TD, g_TK, i_TK, self.gate_up, self.down)
         return (y_TD + self.shared(x_TD) if self.shared else y_TD), stats
 
 class Dense(nn.Module):

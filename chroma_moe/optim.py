@@ -140,7 +140,8 @@ def make_optimizer(
     matrices = [(n,p) for n,p in named if c.name=='muon' and is_hidden_matrix(n, p)]
     taken = {n for n,_ in matrices}
     slow = {n for n,_ in named if c.embedding<1 and n.endswith('embedding.weight')}
-    groups = [dict(params=[p for n,p in named if n not in taken|slow and decays(n,p)==d], weight_decay=c.weight_decay*d, scale=1.) for d in (True,False)]
+    groups = [dict(params=[p for n,p in named if n not in taken|slow and decays(n,p)==d and hasattr(p, 'full_tensor')==cut],
+                   weight_decay=c.weight_decay*d, scale=1.) for d in (True,False) for cut in (True,False)]  # what is cut over processes stands apart
     groups.append(dict(params=[p for n,p in named if n in slow], weight_decay=0., scale=c.embedding))
     groups = [g for g in groups if g['params']]
     if c.name=='adamw': return torch.optim.AdamW(groups, lr=lr, betas=c.betas, eps=c.eps, fused=True)

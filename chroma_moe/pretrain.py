@@ -8,6 +8,7 @@ __all__ = ['TextBatches', 'masked_part', 'MaskedParts', 'masked_loss', 'Validati
 
 # %% ../nbs/16_pretrain.ipynb #0959f58f
 import math, os, time
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -26,7 +27,8 @@ from .next_tokens import next_batch
 from .moe import add_stats, routing_summary
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start, sum_gradients
-from .sharding import gather, shard, unshard
+from .sharding import shard
+from .expert_parallel import collect_state, spread, whole_model
 from .training import Feed, Loss, Part, Trainer, accumulate, check_out, epochs, optimizer_state, tune_cpu
 
 # %% ../nbs/16_pretrain.ipynb #58bdf4a5
@@ -163,9 +165,10 @@ def pretrain(
     run.connect()
     if run.model.m.moe.dense=='start' and not c.model.moe.dense:
         run.fit(feed, switch, judge)
-        run.switch = run.step; run.use(upcycle(unshard(run.model), p.seed+1), gather(optimizer_state(run.opt, run.named)))
+        run.switch = run.step
+        run.use(upcycle(whole_model(run.model, ranks), p.seed+1), collect_state(optimizer_state(run.opt, run.named), ranks, everywhere=True))
     run.fit(feed, evaluate=judge); run.finish(); feed.close()
-    return unshard(run.model)
+    return whole_model(run.model, ranks)
 
 # %% ../nbs/16_pretrain.ipynb #05fc55c4
 def check_processes(
@@ -176,20 +179,22 @@ def check_processes(
     who = ranks.collect((ranks.rank, os.uname().nodename, os.getpid(), str(ranks.device), torch.get_num_threads()))
     said = [f'process {r}: {host}, pid {pid}, {device}, {threads} threads' for r,host,pid,device,threads in who]
     need(len({r for r,*_ in who})==ranks.n, f'the processes have the numbers {sorted(r for r,*_ in who)}: they do not know of each other')
-    c = load_config(profile='tiny', sets=['model.vocab_size=300','model.dim=64','pretrain.batch_tokens=4096'])
+    experts = 8 if 8%ranks.expert==0 else 2*ranks.expert
+    c = load_config(profile='tiny', sets=['model.vocab_size=300','model.dim=64','pretrain.batch_tokens=4096',f'model.moe.experts={experts}'])
     ids = [[2, *((7*i+j)%290+6 for j in range(i%50)), 3] for i in range(max(64, 4*ranks.n))]
     def gradient(ranks):
-        exact = Ranks(ranks.accelerator, sharded=ranks.sharded)
-        model = shard(ChromaModel(c.model).double(), exact).to(ranks.device); named = [p for p in model.parameters()]
+        exact = copy(ranks); exact.precision = 'fp32'
+        model = shard(spread(ChromaModel(c.model).double(), exact), exact).to(ranks.device); named = [*model.named_parameters()]
         parts = [p._replace(batch=p.batch.to(ranks.device)) for p in next(MaskedParts(ids, c, ranks))]
         accumulate(parts, lambda b: masked_loss(model, b), exact, c.model.moe)
-        if not exact.sharded: sum_gradients(exact, named)
-        return torch.cat([gather(p.grad).cpu().flatten() for p in named if p.grad is not None])
+        sum_gradients(exact, [p for _,p in named])
+        return torch.cat([g.cpu().flatten() for g in collect_state({n: p.grad for n,p in named if p.grad is not None}, exact, everywhere=True).values()])
     alone = Ranks(); alone.device = ranks.device
     one,all_ = gradient(alone),gradient(ranks)
     off = max(ranks.collect(((one-all_).norm()/one.norm()).item()))
     if not off<1e-9: raise ChromaError(f'the gradient of {ranks.n} processes is off by {off:.1e} from that of one: their sums do not arrive whole')
-    said.append(f'gradient of a step: {ranks.n} processes{", sharded," if ranks.sharded else ""} and one agree to {off:.0e}')
+    how = ', sharded,'*ranks.sharded + f', {ranks.expert} to the experts of a layer,'*(ranks.expert>1)
+    said.append(f'gradient of a step: {ranks.n} processes{how} and one agree to {off:.0e}')
     x = torch.ones(1<<24, device=ranks.device); ranks.add([x])
     ranks.wait(); began = time.perf_counter(); ranks.add([x]); ranks.wait()
     if ranks.n>1: said.append(f'sum of 64 MB over all: {(time.perf_counter()-began)*1000:.0f} ms')
@@ -247,7 +252,7 @@ def chroma_pretrain(
     "Phase 1: train a model on hidden spans or next tokens (`pretrain.objective`), of `data.texts` or of the token store `data.store`."
     tune_cpu()
     c = load_config(config, profile, set); check_objective(c)
-    ranks = start(c.train.precision)
+    ranks = start(c.train.precision, c.parallel.expert)
     if test_ddp:
         for line in check_processes(ranks, out): ranks.say(line)
         return ranks.end()

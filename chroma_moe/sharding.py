@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from .model import ChromaModel
-from .parallel import Ranks
+from .parallel import Ranks, of_some
 
 # %% ../nbs/14e_sharding.ipynb #3b2e80ec
 def shard_bytes(
@@ -30,13 +30,14 @@ def shard(
     ranks:Ranks,
 ) -> ChromaModel: # the same
     "Keep a share of each parameter on each process, if the run is sharded."
-    if not ranks.sharded or is_cut(next(model.parameters())): return model
+    if not ranks.sharded or not isinstance(model, ChromaModel) or is_cut(next(model.parameters())): return model
     from torch.distributed.device_mesh import init_device_mesh                        # a second of imports
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(ranks.device.type, (ranks.n,))
     drop = os.environ.get('FSDP_RESHARD_AFTER_FORWARD', 'true').lower()=='true'       # of accelerate's config file
-    for block in model.blocks: fully_shard(block, mesh=mesh, reshard_after_forward=drop)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    whole = {p for p in model.parameters() if of_some(p)}                             # experts that lie on this process alone stay as they are
+    for block in model.blocks: fully_shard(block, mesh=mesh, reshard_after_forward=drop, ignored_params=whole)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
     for name in ('hidden','embed'): register_fsdp_forward_method(model, name)
     for unit in model.modules():
         if isinstance(unit, FSDPModule): unit.set_gradient_divide_factor(1.); unit.set_force_sum_reduction_for_comms(True)
@@ -94,11 +95,18 @@ def send_after(
     if hasattr(model, 'set_requires_gradient_sync'): model.set_requires_gradient_sync(last)
 
 def clip_gradients(
-    parameters:list[nn.Parameter], # all cut, or none
+    parameters:list[nn.Parameter], # cut, whole on every process, or of the experts of some
     largest:float, # norm that is left as it is
+    ranks:Ranks|None=None, # by default one process
 ) -> float: # norm before
     "Scale the whole gradient down to a norm."
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if is_cut(norm) else norm
-    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    kinds,norms = {},[]
+    for p in parameters:
+        if p.grad is not None: kinds.setdefault((is_cut(p), of_some(p)), []).append(p)
+    for (cut,some),ps in sorted(kinds.items()):
+        norm = nn.utils.get_total_norm([p.grad.to_local() if cut else p.grad for p in ps])
+        if (cut or some) and ranks: norm = norm.new_tensor((ranks.total(norm.item()**2)[0]*(ranks.expert/ranks.n if some else 1))**.5)
+        norms.append(norm)                                                             # each expert is on n/expert processes
+    norm = norms[0] if len(norms)==1 else torch.stack(norms).norm()
+    for ps in kinds.values(): nn.utils.clip_grads_with_norm_(ps, largest, norm)
     return norm.item()

@@ -22,7 +22,8 @@ from .optim import learning_rate, make_optimizer
 from .sink import start_wandb
 from .parallel import Ranks, sum_gradients, whole_stats
 from .checkpoints import Checkpoints
-from .sharding import clip_gradients, gather, load_whole, send_after, shard, share
+from .sharding import clip_gradients, send_after, shard, share
+from .expert_parallel import collect_state, keep_own, load_state, spread
 
 # %% ../nbs/15_training.ipynb #0aca2a07
 class epochs:
@@ -214,13 +215,12 @@ class Trainer:
 
     def use(self, model:nn.Module, carry:dict|None=None):
         "Train this model from here on, with what `carry` holds of the moments of its parameters."
-        need(not (self.ranks.sharded and self.heads), f'{self.name} trains more than the model, and the weights are sharded: start it without FSDP')
-        self.model = shard(model, self.ranks).to(self.ranks.device)
+        self.model = shard(spread(model, self.ranks), self.ranks).to(self.ranks.device)
         m = getattr(model, 'm', None)
         self.moe,self.monitor = (m.moe if m and m.moe_layers else None), Monitor(m, self.log.wandb, self.ranks.say)
         self.named = [*model.named_parameters(), *((f'heads.{n}', p) for n,p in (self.heads.named_parameters() if self.heads else ()))]
         self.opt = make_optimizer(self.named, self.c.optim, self.phase.lr)
-        load_optimizer(self.opt, self.named, carry or {})
+        load_optimizer(self.opt, self.named, keep_own(carry or {}, self.ranks))
 
     def rate(self) -> float:
         "The learning rate of this step; it climbs anew after the model was exchanged."
@@ -238,9 +238,9 @@ def advance(self:Trainer, parts:list[Part], flag:int=0) -> dict:
     parts = [p._replace(batch=_to(p.batch, self.ranks.device)) for p in parts]
     got = self.gradients(parts, lambda batch: self.loss_of(self.model, batch), self.ranks, self.moe, self.scaler.scale, flag,
                          lambda last: send_after(self.model, last))
-    if not self.ranks.sharded: sum_gradients(self.ranks, parameters)
+    sum_gradients(self.ranks, parameters)
     self.scaler.unscale_(self.opt)
-    norm = clip_gradients(parameters, self.c.optim.clip)
+    norm = clip_gradients(parameters, self.c.optim.clip, self.ranks)
     fine = math.isfinite(norm)
     if fine or self.scaler.is_enabled(): self.scaler.step(self.opt); self.scaler.update()
     self.opt.zero_grad()
@@ -305,9 +305,8 @@ def changes(
 @patch
 def state(self:Trainer, place:dict) -> dict:
     "Everything that the rest of the run depends on."
-    keep = self.ranks.main
-    return dict(model=gather(self.model.state_dict(), keep), heads=self.heads.state_dict() if self.heads else {},
-                optimizer=gather(optimizer_state(self.opt, self.named), keep),
+    return dict(model=collect_state(self.model.state_dict(), self.ranks), heads=self.heads.state_dict() if self.heads else {},
+                optimizer=collect_state(optimizer_state(self.opt, self.named), self.ranks),
                 scaler=self.scaler.state_dict(), place=place, step=self.step, tokens=self.tokens, skipped=self.skipped, switch=self.switch,
                 best=self.best if math.isfinite(self.best) else None, seconds=self.seconds, ranks=self.ranks.n, run_id=self.run_id,
                 config=asdict(self.c), shape=asdict(self.model.m) if hasattr(self.model, 'm') else None)
@@ -318,13 +317,13 @@ def load(self:Trainer, state:dict):
     for key,a,b in changes(state['config'], asdict(self.c)):
         need(not key.startswith(('model.','data.seed')), f'the checkpoint was made with {key}={a}, and now it is {b}: give the same, '
              'or begin anew in another --out')
-        if not key.startswith(('train.','wandb.','evaluate.')): self.ranks.say(f'{key} was {a} and is now {b}: from here on it is another run')
+        if not key.startswith(('train.','wandb.','evaluate.','parallel')): self.ranks.say(f'{key} was {a} and is now {b}: from here on it is another run')
     if state['ranks']!=self.ranks.n:
         self.ranks.say(f'saved by {state["ranks"]} processes, resumed by {self.ranks.n}: the batches are the same; sums are made in another order, and '
                        'dropout and router noise, where they are on, draw other numbers, so that the last digits may differ')
-    load_whole(self.model, state['model'])
+    load_state(self.model, state['model'], self.ranks)
     if self.heads: self.heads.load_state_dict(state['heads'])
-    load_optimizer(self.opt, self.named, state['optimizer'])
+    load_optimizer(self.opt, self.named, keep_own(state['optimizer'], self.ranks))
     if state['scaler']: self.scaler.load_state_dict(state['scaler'])
     for k in ('step','tokens','skipped','switch','seconds','run_id'): setattr(self, k, state[k])
     self.best = math.inf if state['best'] is None else state['best']
@@ -411,7 +410,7 @@ def judge(self:Trainer, evaluate:Callable) -> bool: # the best so far?
 @patch
 def save(self:Trainer, place:dict):
     "Write a checkpoint."
-    if not self.checkpoints and not self.ranks.sharded: return
+    if not self.checkpoints and not self.ranks.apart: return
     state = self.state(place)                                                          # each process has a piece to give
     if self.checkpoints: self.checkpoints.save(self.step, state, self.best if math.isfinite(self.best) else None)
 

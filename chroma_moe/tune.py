@@ -29,6 +29,7 @@ from .encoder import ASK, ChromaMoE, encode_texts
 from .metrics import score_run
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start
+from .expert_parallel import even_passes, whole_model
 from .training import Feed, Part, Trainer, check_out, epochs, tune_cpu
 from .directions import turn_attention
 from .losses import Contrast, Group, check_loss
@@ -207,8 +208,9 @@ class HeldOut:
 
     def __call__(self, model:nn.Module) -> dict: # eval_loss, eval_ndcg, and eval: by source
         p,parts = self.p,[]
-        for chunk in self.chunks:
-            with self.ranks.autocast(): parts.append(model.embed(chunk.to(self.ranks.device))[0].float())
+        with even_passes(model, self.ranks):
+            for chunk in self.chunks:
+                with self.ranks.autocast(): parts.append(model.embed(chunk.to(self.ranks.device))[0].float())
         own,_ = self.ranks.gather(torch.cat(parts)[self.place.to(self.ranks.device)])
         number,_ = self.ranks.gather(torch.tensor(self.mine, device=self.ranks.device))
         e = torch.empty_like(own).index_copy_(0, number, own).cpu()
@@ -235,10 +237,9 @@ def tune(
     resume:bool=False,       # go on from the newest checkpoint in `folder`, if there is one
     evaluate:Callable|Pairs|None=None, # held-out pairs, or model -> dict with `eval_loss`, lower is better, and whatever else is to be logged
     ranks:Ranks|None=None,   # by default one process
-):
+) -> nn.Module: # the same, or a whole copy where no process has the whole
     "Train `model` in place on pairs."
     t,ranks = c.tune,ranks or Ranks()
-    need(not ranks.sharded, 'phase 2 embeds chunks a different number of times on each process, and the weights are sharded: start it without FSDP')
     need(all(w<model.embed_dim for w in t.matryoshka), f'tune.matryoshka is {t.matryoshka} and a vector has {model.embed_dim} numbers: give smaller widths')
     loss = Contrast(t.temperature, t.learn_temperature, t.matryoshka, symmetric=t.symmetric, too_good=None if t.too_good>=2 else t.too_good, margin=t.margin,
                     teacher=t.teacher).to(ranks.device)
@@ -248,7 +249,9 @@ def tune(
     place = run.resume() if resume else None
     if place: feed.load(place)
     run.connect(); run.fit(feed, evaluate=judge); run.finish(); feed.close()
+    run.model = whole_model(run.model, ranks).to(ranks.device)
     if t.best and judge: take_best(run)
+    return run.model
 
 def take_best(run:Trainer):
     "Give the model of every process the weights of the best checkpoint."
@@ -344,7 +347,7 @@ def chroma_tune(
     "Phase 2: tune a pre-trained model on pairs."
     tune_cpu()
     c = load_config(config, profile, set)
-    ranks = start(c.train.precision)
+    ranks = start(c.train.precision, c.parallel.expert)
     first = ChromaMoE.from_pretrained(pretrained)
     check_out(out, resume)
     if c.tune.both_ways: first.model = turn_attention(first.model)
@@ -354,14 +357,14 @@ def chroma_tune(
     ranks.wait()                                                                       # nobody writes before all have looked
     log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
     if not resume: log.resume(0, 'tune')                                               # of a run that died before its first checkpoint
-    tune(c, first.model, p, log, progress=progress, folder=out, resume=resume, evaluate=held, ranks=ranks)
+    model = tune(c, first.model, p, log, progress=progress, folder=out, resume=resume, evaluate=held, ranks=ranks)
     if ranks.main:
         most = max(p.prompts, key=p.source.count, default=None)                        # plain questions are asked as in the largest source
         prompts = p.prompts | (dict(query=p.prompts[most]) if most and all(s in p.prompts for s in p.source) else {})
         note = 'of all checkpoints, the one that did best on held-out pairs was kept' if c.tune.best and held else ''
         about = add_phase(first.about, 'tuning', c.data.pairs, settings_of(c, 'tune'), started=True, note=note, **seen_in(log.rows, 'tune'),
                           command=command_line('chroma_tune', pretrained=pretrained, config=config, profile=profile, set=set))
-        ChromaMoE(first.model, first.tokenizer, c.data.max_length, prompts, about).save_pretrained(out)
+        ChromaMoE(model, first.tokenizer, c.data.max_length, prompts, about).save_pretrained(out)
         (Path(out)/'config.yaml').write_text(to_yaml(c))
         last = max((r for r in log.rows if 'eval' in r), key=lambda r: r['eval_ndcg'], default={'eval': {}})
         for s,v in last['eval'].items(): print(f"{s}: nDCG@10 {v['ndcg_10']:.3f} on {v['queries']} held-out queries")
