@@ -70,7 +70,7 @@ def main():
     def keep(**row): kept['found'].append(row); a.out.write_text(json.dumps(kept)+'\n')
     if not any(f['variant']=='bag' for f in kept['found']): keep(variant='bag', seed=0, seconds=0, scores=scores(bag, tasks))
     base = [f'tokenizer.path={a.run}/tokenizer', f'data.pairs=[{a.run}/mined.jsonl,{a.run}/own.jsonl]', f'tune.steps={a.steps}', 'train.save_every=-1',
-            'train.eval_every=-1']
+            'train.log_every=20']
     ready = {}
     for seed in map(int, a.seeds.split(',')):
         for name in a.variants.split(','):
