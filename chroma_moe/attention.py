@@ -84,7 +84,7 @@ def attention_loop(
 # %% ../nbs/05_attention.ipynb #c172a5a2
 def _runs(q, k, v, batch, scale, causal):
     "One rectangle for each run of equal lengths: no padding, no mask."
-    if q.element_size()<4 and torch.is_grad_enabled():
+    if q.element_size()<4:
         with torch.autocast(q.device.type, enabled=False): return _runs(q.float(), k.float(), v.float(), batch, scale, causal).to(q.dtype)
     out,tokens = [],[m*l for m,l in batch.runs]
     for (m,l),*qkv in zip(batch.runs, q.split(tokens), k.split(tokens), v.split(tokens)):
