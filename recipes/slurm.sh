@@ -12,7 +12,7 @@
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
 export OMP_NUM_THREADS=8 NCCL_DEBUG=WARN
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)              # head would end early, and pipefail call that a fault
 processes=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
 # each machine puts in its own number
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file recipes/accelerate_64gpu.yaml --machine_rank "$SLURM_NODEID" "$@"' chroma \
