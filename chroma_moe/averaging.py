@@ -12,7 +12,8 @@ from .config import cli, need
 from .checkpoints import Checkpoints
 from .card import add_phase, command_line
 from .encoder import ChromaMoE
-from .training import check_out
+from .parallel import Ranks
+from .training import run_folder
 
 # %% ../nbs/20a_averaging.ipynb #9d62f2ee
 def average(
@@ -63,14 +64,14 @@ def chroma_average(
     "Average the weights of several models, or of the last checkpoints of a run."
     need(bool(run)!=bool(model), 'give several --model, or one --run')
     need(run or len(model)>1, f"only '{model[0] if model else ''}' is given: give two models at least")
-    check_out(out, False)
-    if run:
-        chroma = ChromaMoE.from_pretrained(run)
-        chroma.model.load_state_dict(average(last_checkpoints(run, last)))
-    else: chroma = average_models(list(model))
-    command = command_line('chroma_average', run=run, last=last) if run else command_line('chroma_average', model=model)
-    data = dict.fromkeys(d for r in chroma.about['training'] for d in r.get('data') or ())
-    seen = dict(checkpoints=last) if run else dict(models=len(model))
-    chroma.about = add_phase(chroma.about, 'averaging', data, command=command, started=True, **seen)
-    chroma.save_pretrained(out)
+    with run_folder(out, False, Ranks()):
+        if run:
+            chroma = ChromaMoE.from_pretrained(run)
+            chroma.model.load_state_dict(average(last_checkpoints(run, last)))
+        else: chroma = average_models(list(model))
+        command = command_line('chroma_average', run=run, last=last) if run else command_line('chroma_average', model=model)
+        data = dict.fromkeys(d for r in chroma.about['training'] for d in r.get('data') or ())
+        seen = dict(checkpoints=last) if run else dict(models=len(model))
+        chroma.about = add_phase(chroma.about, 'averaging', data, command=command, started=True, **seen)
+        chroma.save_pretrained(out)
     print(f'the mean of {last if run else len(model)} {"checkpoints" if run else "models"} written to {out}')

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from .config import cli, load_config, need, to_yaml
+from .files import write_whole
 from .model import ChromaModel
 from .card import add_phase, command_line, seen_in, settings_of
 from .encoder import ChromaMoE
 from .monitor import MetricsLog
 from .parallel import start
-from .training import check_out, tune_cpu
+from .training import run_folder, tune_cpu
 from .pretrain import load_tokenizer
 from .tune import TokenBag, load_pairs, start_from_bag, tune
 
@@ -48,20 +49,19 @@ def chroma_bag(
     m = c.model
     need(m.pooling.log_counts and m.pooling.out_dim==m.dim, f'model.pooling.log_counts is {m.pooling.log_counts}, model.pooling.out_dim '
          f'{m.pooling.out_dim} and model.dim {m.dim}: a model begins at the bag with model.pooling.log_counts=true and equal widths')
-    check_out(out, resume)
-    tokenizer = load_tokenizer(c)
-    p,held = load_pairs(c, tokenizer)
-    ranks.wait()
-    log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
-    if not resume: log.resume(0, 'bag')
-    bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size))
-    tune(c, bag, p, log, 'bag', progress, out, resume, held, ranks)
-    if ranks.main:
-        model = ChromaModel(m, c.tune.seed); start_from_bag(model, bag, silent=True)
-        line = command_line('chroma_bag', config=config, profile=profile, set=set)
-        about = add_phase(None, 'bag of token vectors', c.data.pairs, settings_of(c, 'tune'), line,
-                          note='the blocks of this model write nothing yet: it is the bag', **seen_in(log.rows, 'bag'))
-        ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
-        (Path(out)/'config.yaml').write_text(to_yaml(c))
-        print(f'model written to {out}')
+    with run_folder(out, resume, ranks):
+        tokenizer = load_tokenizer(c)
+        p,held = load_pairs(c, tokenizer)
+        log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
+        if not resume: log.resume(0, 'bag')
+        bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size))
+        tune(c, bag, p, log, 'bag', progress, out, resume, held, ranks)
+        if ranks.main:
+            model = ChromaModel(m, c.tune.seed); start_from_bag(model, bag, silent=True)
+            line = command_line('chroma_bag', config=config, profile=profile, set=set)
+            about = add_phase(None, 'bag of token vectors', c.data.pairs, settings_of(c, 'tune'), line,
+                              note='the blocks of this model write nothing yet: it is the bag', **seen_in(log.rows, 'bag'))
+            write_whole(Path(out)/'config.yaml', to_yaml(c))
+            ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
+            print(f'model written to {out}')
     ranks.end()

@@ -7,10 +7,11 @@ __all__ = ['EMPTY', 'OWN', 'TASKS', 'TAGS', 'check_about', 'settings_of', 'comma
            'languages', 'front_matter', 'card_body', 'take_apart', 'write_card', 'read_about', 'add_scores']
 
 # %% ../nbs/09c_card.ipynb #1e4702f5
-import hashlib, json, os, re, shlex, warnings
+import hashlib, json, re, shlex, warnings
 from pathlib import Path
 import yaml
 from .config import ChromaError, Config, ModelConfig, count_params, need, to_dict
+from .files import alone, write_whole
 from .sources import parse_source
 from .mixing import parse_weight
 from .model import read_model_config
@@ -289,16 +290,10 @@ def take_apart(
     if not found: return front, rest.strip(), False
     return front, rest[found.end():].strip(), _digest(rest[:found.start()])!=found[1]
 
-def _replace(path, text):
-    "Write a file under its name only when it is complete."
-    new = path.with_name(f'.{path.name}.{os.getpid()}.new')
-    try: new.write_bytes(text.encode('utf-8', 'replace')); os.replace(new, path)
-    finally: new.unlink(missing_ok=True)
-
 def _set_aside(path, text):
     "Keep a page under the first free name."
     spare = next(p for i in range(1, 10**6) if not (p := path.with_name(f'README.edited{f"-{i}"*(i>1)}.md')).exists())
-    _replace(spare, text)
+    write_whole(spare, text)
     warnings.warn(f"'{path}' was changed above the line where changes are lost: it is kept as {spare.name}; write below the line", stacklevel=3)
 
 # %% ../nbs/09c_card.ipynb #030dabb3
@@ -320,8 +315,8 @@ def write_card(
     front = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
     body = card_body(about, m, max_length, prompts)
     line = f'<!-- chroma_moe {_digest(body)}: what you write below this line is kept; above it the page is made from about.json -->'
-    _replace(folder/'about.json', json.dumps(about | dict(card=dict(max_length=max_length, prompts=prompts)), indent=1)+'\n')
-    _replace(path, f'---\n{front}---\n{body}\n\n{line}\n' + (f'\n{words}\n' if words else ''))
+    write_whole(folder/'about.json', json.dumps(about | dict(card=dict(max_length=max_length, prompts=prompts)), indent=1)+'\n')
+    write_whole(path, f'---\n{front}---\n{body}\n\n{line}\n' + (f'\n{words}\n' if words else ''))
 
 def _stored(folder):
     "All of `about.json`, or what README.md carries of it."
@@ -349,11 +344,13 @@ def add_scores(
     leaks:str='',    # what the leak guard said, where they do not say
 ):
     "Add scores to the card of a model."
-    m,about = read_model_config(folder),_stored(folder)
-    card = about.pop('card', {})
-    key = lambda r: (r['benchmark'], r['task'], r['system'], r['metric'])
-    name = lambda r: OWN if system in (None, r['system']) else r['system']
-    new = [{k: v for k,v in (dict(command=command, leaks=leaks) | r | dict(system=name(r))).items() if k!='values'}
-           for r in check_about(dict(scores=rows), 'the rows')['scores'] if r['value'] is not None]
-    both = {key(r): r for r in about['scores']+new}
-    write_card(folder, about | dict(scores=list(both.values())), m, card.get('max_length', m.max_length), card.get('prompts'))
+    m = read_model_config(folder)
+    with alone(folder, wait=True):                                         # the scores of two evaluations at once are both kept
+        about = _stored(folder)
+        card = about.pop('card', {})
+        key = lambda r: (r['benchmark'], r['task'], r['system'], r['metric'])
+        name = lambda r: OWN if system in (None, r['system']) else r['system']
+        new = [{k: v for k,v in (dict(command=command, leaks=leaks) | r | dict(system=name(r))).items() if k!='values'}
+               for r in check_about(dict(scores=rows), 'the rows')['scores'] if r['value'] is not None]
+        both = {key(r): r for r in about['scores']+new}
+        write_card(folder, about | dict(scores=list(both.values())), m, card.get('max_length', m.max_length), card.get('prompts'))

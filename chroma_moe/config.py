@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'POOLINGS', 'STRATEGIES', 'PROFILES', 'ChromaError', 'Config
            'chroma_config']
 
 # %% ../nbs/00_config.ipynb #391d4193
-import sys, json, inspect, argparse, difflib
+import sys, json, errno, inspect, argparse, difflib, re
 from dataclasses import dataclass, field, fields, asdict, is_dataclass
 from pathlib import Path
 from typing import get_type_hints, get_origin, get_args
@@ -650,6 +650,26 @@ def _underscores(argv):
     fix = lambda a: a if not a.startswith('--') else '--' + a[2:].split('=',1)[0].replace('-','_') + (a[a.index('='):] if '=' in a else '')
     return [fix(a) for a in argv[:end]] + argv[end:]
 
+# %% ../nbs/00_config.ipynb #c2872703
+_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}                                     # what the system says when there is none
+_PLACE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
+_MEMORY = re.compile('allocate memory|out of memory|not enough memory|start new thread', re.I) # as PyTorch, CUDA and Python word it
+_GONE = re.compile('connection (closed|reset) by peer|connection was closed|broken pipe|store.*(closed|timeout)', re.I) # as gloo and NCCL word it
+
+def _trouble(
+    e:Exception,
+) -> str: # '' where it is something else
+    "What the machine, or another process of the run, did to a command."
+    said,number = ' '.join(str(e).split())[:300],getattr(e, 'errno', None)
+    if isinstance(e, MemoryError) or number in (errno.ENOMEM, errno.EAGAIN) or _MEMORY.search(said):
+        return f'there is not enough memory ({said or type(e).__name__}): make batches smaller or take a larger machine, then run it again to go on'
+    if number in _ROOM|_PLACE:
+        where = f"'{e.filename}'" if e.filename else 'a file'
+        return f"{where} cannot be read or written ({e.strerror}): {'make room there' if number in _ROOM else 'give another place'}, then run it again to go on"
+    if 'Dist' in type(e).__name__ or (isinstance(e, RuntimeError) and _GONE.search(said)):
+        return f'another process of this run has ended ({said}): its own last words say why; start all of them again to go on'
+    return ''
+
 # %% ../nbs/00_config.ipynb #57cf231d
 def cli(
     f, # a documented function, or a class of static ones
@@ -662,6 +682,9 @@ def cli(
         try: run(**args)
         except ChromaError as e: sys.exit(f'{f.__name__}: {e}')
         except KeyboardInterrupt: sys.exit(130)
+        except Exception as e:
+            if not (said := _trouble(e)): raise
+            sys.exit(f'{f.__name__}: {said}')
     home = next(iter(_subcommands(f).values()), f).__globals__
     f.parser,f.main = (staticmethod(parser),staticmethod(main)) if isinstance(f,type) else (parser,main)
     if f.__module__=='__main__' and '__file__' in home: main()  # python -m chroma_moe.something; never in a notebook

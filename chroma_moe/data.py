@@ -9,6 +9,7 @@ __all__ = ['source_table', 'show_row', 'build_summary', 'merge_summary', 'guard_
 import itertools, json, textwrap
 from pathlib import Path
 from .config import ChromaError, cli, load_config, need
+from .files import write_whole
 from .world import parse_size
 from .sources import SOURCES, open_source
 from .mixing import pairs, parse_weight, texts
@@ -107,7 +108,7 @@ class chroma_data:
         rows = (r for r in stream(list(source) or list(names), d.size, d.seed, strategy='proportional', max_bad=d.max_bad)) # every row, once
         for block in iter(lambda: list(itertools.islice(rows, 256)), []): guard.clean(block)
         print(guard.table())
-        if report: Path(report).write_text(json.dumps(guard.report(), indent=1))
+        if report: write_whole(report, json.dumps(guard.report(), indent=1))
         if guard.dropped: raise ChromaError(f'{guard.dropped:,} of {guard.seen:,} rows are copies: leave them out with `build --guard`, or take other sources')
 
     @staticmethod

@@ -8,11 +8,12 @@ __all__ = ['FIXED_MINUTES', 'PRETRAIN_SHARE', 'PRETRAIN_RATE', 'TUNE_RATE', 'PAI
            'demo_pairs', 'bag_config', 'summarise', 'score_rows', 'summary_table', 'chroma_demo']
 
 # %% ../nbs/26_demo.ipynb #d4348743
-import itertools, json, os, shutil, time
+import itertools, json, shutil, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from .config import Config, cli, count_params, load_config, need, to_yaml
+from .files import alone, write_whole
 from .world import DOMAINS, World
 from .mixing import pairs, texts
 from .tokenizer import ChromaTokenizer
@@ -53,11 +54,6 @@ def demo_config(
 STAGES = ('tokenizer','bag','pretrained','model')
 FILES = ('config.yaml','metrics.jsonl','stages.json','summary.json','report.html')
 
-def _write(path, text):
-    "Write a file under its final name only when it is complete."
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(text, encoding='utf-8'); os.replace(tmp, path)
-
 class Stages:
     "Stages of a run in one folder, each done once."
     def __init__(self, out, c:Config, overwrite:bool=False):
@@ -67,7 +63,7 @@ class Stages:
         if overwrite: self.clear()
         need(not known.exists() or known.read_text()==to_yaml(c), f"'{out}' holds a run with other settings: give another --out, or "
              '--overwrite to remove that run and start again')
-        _write(known, to_yaml(c))
+        write_whole(known, to_yaml(c))
         self.seconds = json.loads((self.out/'stages.json').read_text()) if (self.out/'stages.json').exists() else {}
 
     def clear(self):
@@ -86,7 +82,7 @@ class Stages:
         if final.exists(): print(f'{name}: done before, kept'); return final
         shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
         make(tmp); tmp.rename(final)
-        self.seconds[name] = round(time.perf_counter()-start, 2); _write(self.out/'stages.json', json.dumps(self.seconds))
+        self.seconds[name] = round(time.perf_counter()-start, 2); write_whole(self.out/'stages.json', json.dumps(self.seconds))
         return final
 
 # %% ../nbs/26_demo.ipynb #e54a1a7f
@@ -228,20 +224,9 @@ def _tell(out, s, searches=()):
     print(f"\n{s['seconds']:.0f} s, {s['tokens_per_second']:,} tokens/s in training\nmodel      {out/'model'}\nreport     {out/'report.html'}"
           f"\nfigures    {out/'summary.json'}, {out/'metrics.jsonl'}")
 
-# %% ../nbs/26_demo.ipynb #4ebbbd87
-@cli
-def chroma_demo(
-    minutes:float=4.5,       # length on two CPU cores; fixes the number of steps
-    seed:int=0,              # of data, weights and order
-    out:str='runs/demo',     # folder for everything
-    overwrite:bool=False,    # remove an earlier demo run in that folder first?
-    threads:int=1,           # of PyTorch; 0 leaves its default
-    progress:bool=True,      # show bars?
-):
-    "Train, evaluate and use a small Chroma-MoE on the built-in corpus."
-    start,command = time.perf_counter(),f'chroma_demo --minutes {minutes:g} --seed {seed}'
-    tune_cpu(threads)
-    c = demo_config(minutes, seed)
+# %% ../nbs/26_demo.ipynb #5d1a0b77
+def _demo(c, command, start, out, overwrite, progress):
+    "Every stage that is not there yet, then the figures."
     stages = Stages(out, c, overwrite)
     before = sum(stages.seconds.values())
     if (stages.out/'summary.json').exists() and (stages.out/'report.html').exists():
@@ -276,5 +261,20 @@ def chroma_demo(
     add_scores(stages.out/'model', score_rows(s, c), 'trained', command, APART)
     s['seconds'] = round(time.perf_counter()-start + before, 1)
     write_report(stages.out/'report.html', rows, s, domain_routing(chroma, world), searches, map_points(chroma, world))
-    _write(stages.out/'summary.json', json.dumps(s, indent=2)+'\n')
+    write_whole(stages.out/'summary.json', json.dumps(s, indent=2)+'\n')
     print(); _tell(stages.out, s, searches)
+
+# %% ../nbs/26_demo.ipynb #4ebbbd87
+@cli
+def chroma_demo(
+    minutes:float=4.5,       # length on two CPU cores; fixes the number of steps
+    seed:int=0,              # of data, weights and order
+    out:str='runs/demo',     # folder for everything
+    overwrite:bool=False,    # remove an earlier demo run in that folder first?
+    threads:int=1,           # of PyTorch; 0 leaves its default
+    progress:bool=True,      # show bars?
+):
+    "Train, evaluate and use a small Chroma-MoE on the built-in corpus."
+    start,command = time.perf_counter(),f'chroma_demo --minutes {minutes:g} --seed {seed}'
+    tune_cpu(threads)
+    with alone(out): _demo(demo_config(minutes, seed), command, start, out, overwrite, progress)

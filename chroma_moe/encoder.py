@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 from tqdm import tqdm
 from .config import ChromaError, need
+from .files import write_whole
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT, SPECIALS
 from .passages import cut_texts
 from .packing import pack, token_batches
@@ -134,11 +135,12 @@ class ChromaMoE:
         weights:str='float32', # how they are kept: float32 (as they are), bfloat16 (half the size) or int8 (a quarter)
     ):
         "Write model, tokenizer, settings and card."
-        save_model(self.model, folder, weights)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
         files = _library_files(self.max_length, self.prompts) | {'encoder.json': dict(max_length=self.max_length, prompts=self.prompts)}
-        for name,content in files.items(): (Path(folder)/name).write_text(json.dumps(content, indent=2)+'\n', encoding='utf-8')
+        for name,content in files.items(): write_whole(Path(folder)/name, json.dumps(content, indent=2)+'\n')
         write_card(folder, self.about, self.model.m, self.max_length, self.prompts)
+        save_model(self.model, folder, weights)                                            # last: with the weights the model is there
 
     def push_to_hub(
         self,

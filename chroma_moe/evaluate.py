@@ -14,7 +14,7 @@ from base64 import b64encode
 from functools import partial
 from pathlib import Path
 from .config import ChromaError, cli, load_config, need
-from .files import write_whole
+from .files import alone, write_whole
 from .world import parse_size
 from .mixing import pairs, parse_weight, texts
 from .leaks import LeakGuard, normal
@@ -431,5 +431,6 @@ def chroma_evaluate(
     ranks = start('fp32', expert)
     need(not (pictures and expert>1), f'expert is {expert}, and pictures look into the layers: draw them with one process')
     with encode_together(ChromaMoE.from_pretrained(model, device=str(ranks.device) if ranks.n>1 else device), ranks) as encoder:
-        if encoder: _evaluate(model, encoder, asked, beside, benchmark, baselines, out, pictures, debug, card)
+        if encoder:
+            with alone(out): _evaluate(model, encoder, asked, beside, benchmark, baselines, out, pictures, debug, card)
     ranks.end()

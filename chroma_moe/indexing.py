@@ -6,7 +6,7 @@
 __all__ = ['FIRST', 'best_of', 'nearest', 'bit_words', 'differing_bits', 'Rows', 'Index', 'IndexWriter']
 
 # %% ../nbs/09b_indexing.ipynb #a0db2208
-import json
+import io, json
 from collections.abc import Iterable
 from pathlib import Path
 import numpy as np, torch
@@ -174,6 +174,11 @@ def search(
     return tuple(x.numpy() for x in _top(scores, torch.from_numpy(places), k))
 
 # %% ../nbs/09b_indexing.ipynb #21ef8dae
+def _npy(a):
+    "The bytes of a .npy file; when numpy writes to a file itself, a full disk goes unnoticed."
+    b = io.BytesIO(); np.save(b, a)
+    return b.getbuffer()
+
 class IndexWriter:
     "An index on its way to a folder, part by part."
     def __init__(
@@ -219,7 +224,7 @@ class IndexWriter:
         at,lines = self._paths(self.done if i is None else i)
         text = ''.join(json.dumps(r, ensure_ascii=True)+'\n' for r in rows).encode()
         codes = quantise(np.asarray(vectors, np.float32).reshape(len(rows), self.head['width']), self.head['precision'])
-        write_whole(lines, text); write_whole(at, lambda f: np.save(f, codes))                # the vectors come last: with them the part is there
+        write_whole(lines, text); write_whole(at, _npy(codes))                                 # the vectors come last: with them the part is there
         self._count()
 
     def finish(self) -> 'Index':

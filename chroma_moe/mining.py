@@ -84,7 +84,7 @@ class Corpus:
         key = _mapped(p/'keys', '<u8')
         need(len(key), 'the corpus holds no texts: name a file or a source with some')
         order = np.argsort(key, kind='stable')
-        order.astype('<i8').tofile(p/'order'); key[order].tofile(p/'sorted')
+        (p/'order').write_bytes(order.astype('<i8')); (p/'sorted').write_bytes(key[order])     # not tofile: it does not notice a full disk
         return cls(p)
 
     def __len__(self): return len(self.ends)

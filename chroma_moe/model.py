@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from . import __version__
 from .config import ModelConfig, ChromaError, ConfigError, build, need
+from .files import write_whole
 from .packing import Packed
 from .attention import Cache, RMSNorm, make_attention, prepare, rope_frequencies, rope_table
 from .moe import feed_forward, stack_stats
@@ -173,12 +174,16 @@ def save_model(
     kind:str='float32', # of the weights: float32 (or whatever they are), bfloat16 or int8
 ):
     "Write `config.json` and `model.safetensors`."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    weights,config = folder/'model.safetensors.new', folder/'config.json.new'
-    save_file({k: v.contiguous() for k,v in shrink_weights(model.state_dict(), kind).items()}, weights)
-    config.write_text(json.dumps(dict(model_type='chroma_moe', format=2 if kind=='int8' else 1, version=__version__, model=asdict(model.m)),
-                                 indent=2)+'\n')
-    for p in (weights, config): os.replace(p, p.with_suffix(''))
+    folder = Path(folder); new = folder/'.model.safetensors.new'
+    about = dict(model_type='chroma_moe', format=2 if kind=='int8' else 1, version=__version__, model=asdict(model.m))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k,v in shrink_weights(model.state_dict(), kind).items()}, new)
+        with open(new, 'rb') as f: os.fsync(f.fileno())
+        write_whole(folder/'config.json', json.dumps(about, indent=2)+'\n'); os.replace(new, folder/'model.safetensors')  # with the weights the model is there
+    except (OSError, SafetensorError) as e:
+        raise ChromaError(f"the model cannot be written to '{folder}' ({getattr(e, 'strerror', None) or e}): make room there, or give another place") from None
+    finally: new.unlink(missing_ok=True)
 
 # %% ../nbs/09_model.ipynb #71064efd
 def _read(folder, name):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from .config import ChromaError, Config, ModelConfig, build, check_objective, cli, load_config, need, to_yaml
+from .files import write_whole
 from .mixing import texts
 from .tokenizer import ChromaTokenizer
 from .packing import token_batches
@@ -29,7 +30,7 @@ from .monitor import MetricsLog
 from .parallel import Ranks, deal, start, sum_gradients
 from .sharding import shard
 from .expert_parallel import collect_state, spread, whole_model
-from .training import Feed, Loss, Part, Trainer, accumulate, check_out, epochs, optimizer_state, tune_cpu
+from .training import Feed, Loss, Part, Trainer, accumulate, epochs, optimizer_state, run_folder, tune_cpu
 
 # %% ../nbs/16_pretrain.ipynb #58bdf4a5
 class TextBatches:
@@ -256,23 +257,22 @@ def chroma_pretrain(
     if test_ddp:
         for line in check_processes(ranks, out): ranks.say(line)
         return ranks.end()
-    check_out(out, resume)
-    tokenizer = load_tokenizer(c)
-    ids,valid = load_texts(c, tokenizer)
-    if not valid: ranks.say('no held-out texts: give data.valid=FILE to see the loss on texts that are not trained on')
-    ranks.wait()                                                                       # nobody writes before all have looked
-    log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
-    if not resume: log.resume(0, 'pretrain')                                           # of a run that died before its first checkpoint
-    model = pretrain(c, ids, log, progress, valid=valid, folder=out, resume=resume, ranks=ranks)
-    if ranks.main:
-        about = add_phase(None, 'pre-training', ids.sources if c.data.store else c.data.texts, settings_of(c, 'pretrain'),
-                          command_line('chroma_pretrain', config=config, profile=profile, set=set), **seen_in(log.rows, 'pretrain'),
-                          note='it predicts next tokens: chroma_generate writes with it' if c.pretrain.objective=='clm' else '')
-        ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
-        (Path(out)/'config.yaml').write_text(to_yaml(c))
-        last = next((r for r in reversed(log.rows) if 'eval' in r), {'eval': {}})
-        for d,v in last['eval'].items():
-            what = f"loss {v['loss']:.3f}, perplexity {math.exp(v['loss']):.1f}" if c.pretrain.objective=='clm' else f"masked loss {v['loss']:.3f}"
-            print(f"{d}: {what}, {v['accuracy']:.1%} right (the most frequent token: {v['guess']:.1%})")
-        print(f'model written to {out}')
+    with run_folder(out, resume, ranks):
+        tokenizer = load_tokenizer(c)
+        ids,valid = load_texts(c, tokenizer)
+        if not valid: ranks.say('no held-out texts: give data.valid=FILE to see the loss on texts that are not trained on')
+        log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
+        if not resume: log.resume(0, 'pretrain')                                       # of a run that died before its first checkpoint
+        model = pretrain(c, ids, log, progress, valid=valid, folder=out, resume=resume, ranks=ranks)
+        if ranks.main:
+            about = add_phase(None, 'pre-training', ids.sources if c.data.store else c.data.texts, settings_of(c, 'pretrain'),
+                              command_line('chroma_pretrain', config=config, profile=profile, set=set), **seen_in(log.rows, 'pretrain'),
+                              note='it predicts next tokens: chroma_generate writes with it' if c.pretrain.objective=='clm' else '')
+            write_whole(Path(out)/'config.yaml', to_yaml(c))
+            ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(out)
+            last = next((r for r in reversed(log.rows) if 'eval' in r), {'eval': {}})
+            for d,v in last['eval'].items():
+                what = f"loss {v['loss']:.3f}, perplexity {math.exp(v['loss']):.1f}" if c.pretrain.objective=='clm' else f"masked loss {v['loss']:.3f}"
+                print(f"{d}: {what}, {v['accuracy']:.1%} right (the most frequent token: {v['guess']:.1%})")
+            print(f'model written to {out}')
     ranks.end()

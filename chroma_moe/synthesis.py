@@ -24,7 +24,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, cli, load_config, need, read_yaml
-from .files import lock
+from .files import lock, write_whole
 from .rows import check_row, complete, text_fault
 from .mixing import texts
 from .leaks import normal
@@ -660,15 +660,6 @@ def synthesise(
     return pair_rows(kept, rows, prompts), make_report(rows, chats, lost, answers, endpoint, prices, before, cleaned, kept, dropped, short)
 
 # %% ../nbs/19a_synthesis.ipynb #f0bf64ee
-def _write_rows(path, rows):
-    "Replace a file of JSON lines."
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(tmp, 'w', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False)+'\n' for r in rows); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError as e: raise ChromaError(f"'{path}' cannot be written ({e.strerror}): the answers are kept, make room and run this again") from None
-    finally: tmp.unlink(missing_ok=True)
-
 def _ranks_of(retriever):
     "The ranks of BM25 or of a model."
     if retriever=='bm25': return bm25_ranks
@@ -772,6 +763,6 @@ def chroma_synthesise(
     pairs,r = synthesise(rows, e, answers, prompts, queries, passage_chars, rivals, top_k, ranks, max_chars, concurrency, prices, max_cost, progress)
     r |= dict(twice=twice, retriever=retriever, top_k=top_k, corpus=size)
     print(report_text(r))
-    if report: Path(report).parent.mkdir(parents=True, exist_ok=True); Path(report).write_text(json.dumps(r, indent=1))
-    if pairs: _write_rows(path, pairs)
+    if report: Path(report).parent.mkdir(parents=True, exist_ok=True); write_whole(report, json.dumps(r, indent=1))
+    if pairs: write_whole(path, ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in pairs))
     _last_words(r, out, len(rows), max_cost)

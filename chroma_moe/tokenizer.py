@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tokenizers import Tokenizer, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from .config import ChromaError, cli, load_config, need
-from .files import write_whole
+from .files import alone, write_whole
 from .mixing import texts as rows_of
 from .terms import TERMS, forms, split_rule
 from .world import parse_size
@@ -376,13 +376,14 @@ def chroma_tokenizer(
     c = load_config(config, profile, [*set, *([f'tokenizer.digits={digits}'] if digits else []), *(['tokenizer.lowercase=false'] if cased else [])])
     sources,out = tuple(source) or c.tokenizer.sources or c.data.texts, out or c.tokenizer.path
     if verify: return _verify_folder(c, verify, sources, general)
-    need(not (Path(out)/'tokenizer.json').exists(), f"'{out}' already holds a tokenizer: give another --out, or remove it")
-    if adopt: tok,asked = _foreign(adopt),0
-    else:
-        size,asked = '1k' if debug else max_samples or c.tokenizer.max_samples, vocab_size or c.model.vocab_size
-        rows = rows_of(sources, size, c.data.seed, 'train', c.data.strategy, c.data.max_bad)
-        stream = _shown((r['text'] for r in rows), None if size=='all' else parse_size(size), progress)
-        tok = ChromaTokenizer.train(stream, asked, c.tokenizer.lowercase, digits=c.tokenizer.digits, terms=TERMS if c.tokenizer.terms else ())
-    tok.save(out)
+    with alone(out):
+        need(not (Path(out)/'tokenizer.json').exists(), f"'{out}' already holds a tokenizer: give another --out, or remove it")
+        if adopt: tok,asked = _foreign(adopt),0
+        else:
+            size,asked = '1k' if debug else max_samples or c.tokenizer.max_samples, vocab_size or c.model.vocab_size
+            rows = rows_of(sources, size, c.data.seed, 'train', c.data.strategy, c.data.max_bad)
+            stream = _shown((r['text'] for r in rows), None if size=='all' else parse_size(size), progress)
+            tok = ChromaTokenizer.train(stream, asked, c.tokenizer.lowercase, digits=c.tokenizer.digits, terms=TERMS if c.tokenizer.terms else ())
+        tok.save(out)
     few = f' ({asked:,} were asked for: the texts hold no more pairs that occur twice)' if len(tok)<asked else ''
     print(f'{len(tok):,} tokens written to {out}{few}')

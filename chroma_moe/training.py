@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SKIPS', 'epochs', 'Feed', 'tune_cpu', 'Part', 'Loss', 'accumulate', 'seed_step', 'Stop', 'optimizer_state',
-           'load_optimizer', 'Trainer', 'changes', 'due', 'check_out']
+           'load_optimizer', 'Trainer', 'changes', 'due', 'check_out', 'run_folder']
 
 # %% ../nbs/15_training.ipynb #f7d97413
 import ctypes, math, platform, queue, signal, threading, time
 from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy as np, torch
 from torch import nn
 from fastcore.basics import patch
 from .config import ChromaError, Config, need
+from .files import alone
 from .moe import RoutingStats, add_stats, balance_loss, move_bias, routing_loss, routing_summary
 from .monitor import MetricsLog, Monitor, Progress, mfu
 from .optim import learning_rate, make_optimizer
@@ -24,6 +26,7 @@ from .parallel import Ranks, sum_gradients, whole_stats
 from .checkpoints import Checkpoints
 from .sharding import clip_gradients, send_after, shard, share
 from .expert_parallel import collect_state, keep_own, load_state, spread
+from .shared_encoding import after_main
 
 # %% ../nbs/15_training.ipynb #0aca2a07
 class epochs:
@@ -433,3 +436,15 @@ def check_out(
     need(not (out/'model.safetensors').exists() or begun and not (out/'config.yaml').exists(),
          f"'{out}' already holds a model: give another --out, or remove it")
     need(resume or not begun, f"'{out}' holds checkpoints of a run that did not end: add --resume to go on, or give another --out")
+
+@contextmanager
+def run_folder(
+    out,         # of a run that is to begin, or to go on
+    resume:bool,
+    ranks:Ranks,
+):
+    "Keep the folder of a run to this run; it is refused where `check_out` refuses it, or another run writes there."
+    with ExitStack() as held:
+        def take(): held.enter_context(alone(out)); check_out(out, resume)
+        after_main(take, lambda: None, ranks)                                          # the main process looks, and all hear of it
+        yield

@@ -18,6 +18,7 @@ import numpy as np, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .config import ChromaError, Config, cli, load_config, need, to_yaml
+from .files import write_whole
 from .mixing import pairs
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .packing import Packed
@@ -30,7 +31,7 @@ from .metrics import score_run
 from .monitor import MetricsLog
 from .parallel import Ranks, deal, start
 from .expert_parallel import even_passes, whole_model
-from .training import Feed, Part, Trainer, check_out, epochs, tune_cpu
+from .training import Feed, Part, Trainer, epochs, run_folder, tune_cpu
 from .directions import turn_attention
 from .losses import Contrast, Group, check_loss
 from .gradcache import Batch, GradCache, Rows, cut
@@ -349,24 +350,23 @@ def chroma_tune(
     c = load_config(config, profile, set)
     ranks = start(c.train.precision, c.parallel.expert)
     first = ChromaMoE.from_pretrained(pretrained)
-    check_out(out, resume)
-    if c.tune.both_ways: first.model = turn_attention(first.model)
-    c = replace(c, model=first.model.m)                                                # the shape is the folder's, whatever the profile
-    p,held = load_pairs(c, first.tokenizer)
-    if not held: ranks.say('no held-out pairs: give data.valid_pairs=FILE to see how well queries are answered that are not trained on')
-    ranks.wait()                                                                       # nobody writes before all have looked
-    log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
-    if not resume: log.resume(0, 'tune')                                               # of a run that died before its first checkpoint
-    model = tune(c, first.model, p, log, progress=progress, folder=out, resume=resume, evaluate=held, ranks=ranks)
-    if ranks.main:
-        most = max(p.prompts, key=p.source.count, default=None)                        # plain questions are asked as in the largest source
-        prompts = p.prompts | (dict(query=p.prompts[most]) if most and all(s in p.prompts for s in p.source) else {})
-        note = 'of all checkpoints, the one that did best on held-out pairs was kept' if c.tune.best and held else ''
-        about = add_phase(first.about, 'tuning', c.data.pairs, settings_of(c, 'tune'), started=True, note=note, **seen_in(log.rows, 'tune'),
-                          command=command_line('chroma_tune', pretrained=pretrained, config=config, profile=profile, set=set))
-        ChromaMoE(model, first.tokenizer, c.data.max_length, prompts, about).save_pretrained(out)
-        (Path(out)/'config.yaml').write_text(to_yaml(c))
-        last = max((r for r in log.rows if 'eval' in r), key=lambda r: r['eval_ndcg'], default={'eval': {}})
-        for s,v in last['eval'].items(): print(f"{s}: nDCG@10 {v['ndcg_10']:.3f} on {v['queries']} held-out queries")
-        print(f'model written to {out}')
+    with run_folder(out, resume, ranks):
+        if c.tune.both_ways: first.model = turn_attention(first.model)
+        c = replace(c, model=first.model.m)                                            # the shape is the folder's, whatever the profile
+        p,held = load_pairs(c, first.tokenizer)
+        if not held: ranks.say('no held-out pairs: give data.valid_pairs=FILE to see how well queries are answered that are not trained on')
+        log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
+        if not resume: log.resume(0, 'tune')                                           # of a run that died before its first checkpoint
+        model = tune(c, first.model, p, log, progress=progress, folder=out, resume=resume, evaluate=held, ranks=ranks)
+        if ranks.main:
+            most = max(p.prompts, key=p.source.count, default=None)                    # plain questions are asked as in the largest source
+            prompts = p.prompts | (dict(query=p.prompts[most]) if most and all(s in p.prompts for s in p.source) else {})
+            note = 'of all checkpoints, the one that did best on held-out pairs was kept' if c.tune.best and held else ''
+            about = add_phase(first.about, 'tuning', c.data.pairs, settings_of(c, 'tune'), started=True, note=note, **seen_in(log.rows, 'tune'),
+                              command=command_line('chroma_tune', pretrained=pretrained, config=config, profile=profile, set=set))
+            write_whole(Path(out)/'config.yaml', to_yaml(c))
+            ChromaMoE(model, first.tokenizer, c.data.max_length, prompts, about).save_pretrained(out)
+            last = max((r for r in log.rows if 'eval' in r), key=lambda r: r['eval_ndcg'], default={'eval': {}})
+            for s,v in last['eval'].items(): print(f"{s}: nDCG@10 {v['ndcg_10']:.3f} on {v['queries']} held-out queries")
+            print(f'model written to {out}')
     ranks.end()
