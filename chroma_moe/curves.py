@@ -7,9 +7,11 @@ __all__ = ['PANELS', 'read_curves', 'smoothed', 'plot_runs', 'last_values', 'chr
 
 # %% ../nbs/14c_curves.ipynb #e1df3c90
 import math
+from functools import partial
 from pathlib import Path
 import numpy as np
 from .config import ChromaError, cli, need
+from .files import write_whole
 from .sink import flat
 from .monitor import load_entropy, metrics_rows, new_figure
 
@@ -127,6 +129,7 @@ def chroma_plot(
     need(kind in ('.png','.svg','.pdf'), f"--out is '{out}': give a name that ends in .png, .svg or .pdf")
     fig = plot_runs(runs, metric, by, smooth, phase)
     print(last_values(runs, metric, phase))
-    try: Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out)
+    try: Path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ChromaError(f"'{out}' cannot be written ({e.strerror}): give another --out") from None
+    write_whole(out, partial(fig.savefig, format=kind[1:]))
     print(f'curves in {out}')

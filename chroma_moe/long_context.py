@@ -9,10 +9,12 @@ __all__ = ['POSITIONS', 'LENGTHS', 'Planted', 'plant', 'filler', 'fill', 'bury',
 # %% ../nbs/21c_long_context.ipynb #61bccfb2
 import itertools, math, re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .config import need
+from .files import write_whole
 from .world import REPORTS, fact_words, finance_document, finance_query, make_company, make_fact, near_facts, sentence, stream
 from .passages import cut_texts
 from .monitor import new_figure
@@ -166,7 +168,9 @@ def run_long_context(
             kept = items if length<=limit else sum(size(t[:end])<=limit for t,end in buried[:items])
             note = 'read whole' if length<=limit else f'cut at {limit} tokens, {kept} of {items} facts before the cut'
             rows += measured(f'{length} tokens at {place}', [t for t,_ in buried], note, kept>0)
-    if out: Path(out).mkdir(parents=True, exist_ok=True); long_context_figure(rows).savefig(Path(out)/'long_context.png', dpi=120)
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(out)/'long_context.png', partial(long_context_figure(rows).savefig, format='png', dpi=120))
     return rows
 
 # %% ../nbs/21c_long_context.ipynb #bc81920b

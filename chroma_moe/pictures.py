@@ -10,10 +10,12 @@ __all__ = ['COLOURS', 'MARKS', 'WAYS', 'FUNCTION_WORDS', 'principal', 't_sne', '
 
 # %% ../nbs/21d_pictures.ipynb #66862327
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .config import ChromaError, need
+from .files import write_whole
 from .world import World
 from .moe import MoE
 from .routing import Visits, trace_visits
@@ -360,5 +362,5 @@ def draw_all(
                    lengths=length_figure(length_scores(encoder, tests, encoded), 'quality by length of the right document'))
     if any(isinstance(l, MoE) for l in encoder.model.modules()):
         figures['experts'] = atlas_figure(expert_atlas(encoder, *zip(*((r['text'], r['domain']) for r in rows))))
-    for name,fig in figures.items(): fig.savefig(out/f'{name}.png', dpi=dpi)
+    for name,fig in figures.items(): write_whole(out/f'{name}.png', partial(fig.savefig, format='png', dpi=dpi))
     return [out/f'{name}.png' for name in figures]

@@ -65,6 +65,7 @@ class Ground:
 
 RESUME,RESUMED = ['--resume'],{'chroma_bag','chroma_pretrain','chroma_tune'}
 FREE = {'demo/report.html','demo/stages.json'} # they hold times: that they are there and whole is all that is asked of them
+LOG = {'run/metrics.jsonl','run/routing.png'}  # a run that is asked to end writes one line more, at the step where it ends
 YEAR = 365*86400
 
 def traced(said): return ['a traceback: '+said.strip().splitlines()[-1][:160]] if 'Traceback' in said else []
@@ -113,7 +114,7 @@ class Trial:
             if codes==[0]*self.case.ranks or 'already holds' in said or ' exists: ' in said: break                # the last two: it was complete
             if '--resume' in said and not more: more = RESUME; continue
             again.append(f'{codes} {said.strip()[-200:]}'); break
-        end = differences(self.w, self.end.content, self.end.exact, FREE)
+        end = differences(self.w, self.end.content, self.end.exact, FREE|(LOG if self.fault=='term' else set()))
         for i in self.done: i.clean,i.equal = not again,not end
         self.done[-1].found += [f'again: {a}' for a in again] + end
 
@@ -182,7 +183,7 @@ class Trial:
 
     def do_memory(self):
         "It may add no more than a share of the memory that it needs."
-        share = self.draw(); self.refused(self.start(limits=dict(RLIMIT_AS=int(share*self.end.grown))), share)
+        share = self.draw()**2; self.refused(self.start(limits=dict(RLIMIT_AS=int(share*self.end.grown))), share)
 
     def do_clock(self):
         "The clock jumps while it runs; perhaps it is then killed, and the clock jumps back."

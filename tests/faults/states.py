@@ -78,6 +78,6 @@ def differences(w, end, exact, free=()):
     here,want = ({n for n in x if 'checkpoints/' not in n} for x in (now, end))
     out = [f'{n} is missing' for n in sorted(want-here)] + [f'{n} should not be there' for n in sorted(here-want)]
     for n in sorted(here&want):
-        if now[n]!=end[n] and (n in exact or n not in free and without_times(n, now[n])!=without_times(n, end[n])): out.append(f'{n} differs')
+        if n not in free and now[n]!=end[n] and (n in exact or without_times(n, now[n])!=without_times(n, end[n])): out.append(f'{n} differs')
     out += [f for d in w.rglob('checkpoints/step-*') for f in verify_checkpoint(d)]
     return out + [f'{n} is left behind' for n in there if temporary(n)]
