@@ -16,6 +16,7 @@ def module(command): return SCRIPTS[command].partition(':')[0]
 
 def preload(commands):
     "Import what the children will need; none of it may start a thread."
+    os.environ['PYTHONPATH'] = str(ROOT)
     for c in commands: import_module(module(c))
     import accelerate, bm25s, matplotlib.figure, matplotlib.backends.backend_agg # noqa: F401, imported by the commands when they need them
 
@@ -63,7 +64,7 @@ class Run:
                 if kind=='RLIMIT_AS': value += memory()[0]
                 resource.setrlimit(getattr(resource, kind), (value, resource.RLIM_INFINITY))
             start = dict(shell=['-m'], launch=LAUNCH).get(how)
-            if start: os.execve(sys.executable, [sys.executable, *start, module(command), *line], os.environ|dict(PYTHONPATH=str(ROOT)))
+            if start: os.execve(sys.executable, [sys.executable, *start, module(command), *line], os.environ)
             code = _main(command, line, said)
             sys.stdout.flush(); sys.stderr.flush()
         finally: os._exit(code)
