@@ -222,6 +222,15 @@ def test_tune(home, tmp_path):
     assert_same(out, whole)
     print('phase 2 killed twice: the same weights and log')
 
+def test_two_at_once(home, tmp_path):
+    "The second of two is refused while the first stands still, and changes nothing; killed, the first keeps nobody out."
+    out = tmp_path/'run'; p = home.start(out); assert wait_for(p, lambda: last_step(out)>=6); p.kill(signal.SIGSTOP)
+    before = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
+    says = [sentence(home.start(out, resume=resume).end(1)) for resume in (False, True)]
+    assert all('another process is writing' in s for s in says) and {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}==before
+    p.kill(); p.end(-signal.SIGKILL); home.start(out, resume=True).end(); assert_same(out, home.whole()); assert not (out/'.lock').exists()
+    print(says[0].replace(str(tmp_path), '...'))
+
 # Several processes
 
 def text_of(p, code=0, seconds=300):

@@ -47,6 +47,7 @@ class Ground:
     def prepare(self, name):
         "A new place, with a file of somebody else and what is to be replaced; what it holds."
         w,(source,_,there) = self.place,CASES[name].before.partition(':')
+        if w.is_mount(): subprocess.run(['umount', '-l', w], check=True)               # of a campaign that was ended in the middle
         shutil.rmtree(w.parent, ignore_errors=True); w.mkdir(parents=True); (w/'notes.txt').write_text('not ours')
         if source: subprocess.run(['cp', '-r', self.home/source, w/(there or source)], check=True); shutil.rmtree(w/there/'checkpoints', ignore_errors=True)
         return content(w)
@@ -121,8 +122,8 @@ class Trial:
     # what is done to it
 
     def do_kill(self, number=signal.SIGKILL):
-        "Up to three times, each time while it goes on."
-        for _ in range(self.rng.choice([1,1,2,3])):
+        "Up to four times, each time while it goes on."
+        for _ in range(self.rng.randint(1, 4)):
             share,r = self.draw(),self.start(self.resume()); left = self.wait(r, share)
             r.kill(number); r.running(60)
             i = self.note(r, share, left)
@@ -158,10 +159,13 @@ class Trial:
         finally: subprocess.run(['umount', '-l', self.w], check=True)
 
     def do_disk(self):
-        "Too small; then there is room."
-        share = 1.1*self.draw(); need,there = on_disk(self.end.content),on_disk(self.before)
-        with self.disk(there+4096+int(share*max(0, need-there))) as mount:
-            self.refused(self.start(), share); mount('-o', 'remount,size=1g'); self.finish()
+        "Too small, and still too small; then there is room."
+        shares,need,there = sorted(1.1*self.draw() for _ in range(3)),on_disk(self.end.content),on_disk(self.before)
+        with self.disk(4096+there) as mount:
+            for share in shares:
+                mount('-o', f'remount,size={4096+there+int(share*max(0, need-there))}')
+                if not any(self.refused(self.start(self.resume()), share).codes): break
+            mount('-o', 'remount,size=1g'); self.finish()
 
     def do_readonly(self):
         "Killed; then nothing can be written for a while."
@@ -171,8 +175,10 @@ class Trial:
             mount('-o', 'remount,ro'); self.refused(self.start(self.resume()), share); mount('-o', 'remount,rw'); self.finish()
 
     def do_fsize(self):
-        "No file may grow beyond a size."
-        share = self.draw(); self.refused(self.start(limits=dict(RLIMIT_FSIZE=int(share*max(map(len, self.end.content.values()))))), share)
+        "No file may grow beyond a size, then beyond a larger one."
+        most = max(map(len, self.end.content.values()))
+        for share in sorted(self.draw() for _ in range(2)):
+            if not any(self.refused(self.start(self.resume(), limits=dict(RLIMIT_FSIZE=int(share*most))), share).codes): break
 
     def do_blocked(self):
         "A file stands where the folder should be."
@@ -182,8 +188,9 @@ class Trial:
         if not any(codes) or not unchanged: i.found.append('it did not leave the file in the way alone')
 
     def do_memory(self):
-        "It may add no more than a share of the memory that it needs."
-        share = self.draw()**2; self.refused(self.start(limits=dict(RLIMIT_AS=int(share*self.end.grown))), share)
+        "It may add no more than a share of the memory that it needs, then a larger share."
+        for share in sorted(self.draw()**2 for _ in range(2)):
+            if not any(self.refused(self.start(self.resume(), limits=dict(RLIMIT_AS=int(share*self.end.grown))), share).codes): break
 
     def do_clock(self):
         "The clock jumps while it runs; perhaps it is then killed, and the clock jumps back."

@@ -2,7 +2,7 @@
 
 A command is started in one of two ways. `fork`: its own `main` runs in a child of this process, which has done the imports already; that is what
 `python -m` does, in a fifth of the time. `shell`: `python -m chroma_moe...` for real. Everything that happens to it comes from outside."""
-import json, mmap, os, resource, select, shutil, signal, socket, struct, subprocess, sys, time, traceback
+import io, json, mmap, os, resource, select, shutil, signal, socket, struct, subprocess, sys, time, traceback
 from configparser import ConfigParser
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +18,9 @@ def preload(commands):
     "Import what the children will need; none of it may start a thread."
     os.environ['PYTHONPATH'] = str(ROOT)
     for c in commands: import_module(module(c))
-    import accelerate, bm25s, matplotlib.figure, matplotlib.backends.backend_agg # noqa: F401, imported by the commands when they need them
+    import accelerate, bm25s # noqa: F401, imported by the commands when they need them
+    from chroma_moe.monitor import new_figure
+    fig = new_figure(2, 2); fig.subplots(2, 1)[0].set_title('fonts'); fig.savefig(io.BytesIO(), format='png')  # what a first picture has to load
 
 LAUNCH = '-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m'.split()
 def children(pid):
