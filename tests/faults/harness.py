@@ -66,7 +66,9 @@ class Ground:
 
 RESUME,RESUMED = ['--resume'],{'chroma_bag','chroma_pretrain','chroma_tune'}
 FREE = {'demo/report.html','demo/stages.json'} # they hold times: that they are there and whole is all that is asked of them
-LOG = {'run/metrics.jsonl','run/routing.png'}  # a run that is asked to end writes one line more, at the step where it ends
+MAY_DIFFER = {                                 # by what was done
+    'term': {'run/metrics.jsonl','run/routing.png'},                    # a run that is asked to end writes one line more, at the step where it ends
+    'wandb': {'run/config.yaml','run/README.md','run/about.json'}}      # they name the setting
 YEAR = 365*86400
 
 def traced(said): return ['a traceback: '+said.strip().splitlines()[-1][:160]] if 'Traceback' in said else []
@@ -75,7 +77,7 @@ class Trial:
     "One case in one place, and what happens to it."
     def __init__(self, ground, name, fault, rng, how, lead=0.):
         self.g,self.name,self.case,self.end,self.fault,self.rng,self.how,self.lead = ground,name,CASES[name],ground.ends[name],fault,rng,how,lead
-        self.w,self.done,self.finished = ground.place,[],False
+        self.w,self.done,self.finished,self.free = ground.place,[],False,MAY_DIFFER.get(fault, set())
 
     def run(self) -> list:
         "Do it; the injections, with what was found."
@@ -98,7 +100,7 @@ class Trial:
         if self.case.ranks==1: i.found += traced(said)
         if any(c and c>0 and c!=128+signal.SIGTERM for c in codes) and self.case.ranks==1 and not r.sentence(): i.found.append('it ended without a sentence')
         if None in codes: i.found.append('it did not end')
-        i.found += check(self.w, self.end.content, self.before, self.end.exact)
+        i.found += check(self.w, self.end.content, self.before, self.end.exact-self.free)
         self.done.append(i); return i
 
     def refused(self, r, moment, must=False):
@@ -115,7 +117,7 @@ class Trial:
             if codes==[0]*self.case.ranks or 'already holds' in said or ' exists: ' in said: break                # the last two: it was complete
             if '--resume' in said and not more: more = RESUME; continue
             again.append(f'{codes} {said.strip()[-200:]}'); break
-        end = differences(self.w, self.end.content, self.end.exact, FREE|(LOG if self.fault=='term' else set()))
+        end = differences(self.w, self.end.content, self.end.exact, FREE|self.free)
         for i in self.done: i.clean,i.equal = not again,not end
         self.done[-1].found += [f'again: {a}' for a in again] + end
 
