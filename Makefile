@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-notebooks test-python test-long docs notebook bench clean
+.PHONY: help install demo test test-notebooks test-python test-long faults docs notebook bench clean
 
 # two processes share the cores in tests, and a benchmark wants one thread on a busy machine; no test opens a window
-test-notebooks test-python test-long bench: export OMP_NUM_THREADS ?= 1
+test-notebooks test-python test-long faults bench: export OMP_NUM_THREADS ?= 1
 test-notebooks test-python test-long: export MPLBACKEND ?= agg
 
 help:  ## say what there is
@@ -48,6 +48,10 @@ test-long: $(STAMP)  ## run the slow cells and tests too, and the GPU ones where
 	@flags="slow$$($(BIN)/python -c 'import torch; print(" gpu"*torch.cuda.is_available())')"; \
 	$(BIN)/nbdev_test --n_workers 2 --do_print --flags "$$flags"
 	@$(BIN)/python -m pytest --long $(ARGS)
+
+faults: $(STAMP)  ## kill, starve and cut off the commands at random, and see whether they go on (ARGS="--minutes 20"); runs add up in runs/faults
+	@echo "Running python -m tests.faults $(ARGS)"
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 docs: $(STAMP)  ## build the doc site in _docs/, offline; warnings are errors: nbs/_site/prep.py, sphinx-build
 	@echo "Building the site from the notebooks"

@@ -653,11 +653,11 @@ def _underscores(argv):
 # %% ../nbs/00_config.ipynb #c2872703
 _ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}                                     # what the system says when there is none
 _PLACE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
-_MEMORY = re.compile('allocate memory|out of memory|not enough memory|start new thread', re.I) # as PyTorch, CUDA and Python word it
+_MEMORY = re.compile('allocate memory|out of memory|not enough memory|start new thread|ThreadPoolBuildError', re.I) # as PyTorch, CUDA, Python and Rust say
 _GONE = re.compile('connection (closed|reset) by peer|connection was closed|broken pipe|store.*(closed|timeout)', re.I) # as gloo and NCCL word it
 
 def _trouble(
-    e:Exception,
+    e:BaseException,
 ) -> str: # '' where it is something else
     "What the machine, or another process of the run, did to a command."
     said,number = ' '.join(str(e).split())[:300],getattr(e, 'errno', None)
@@ -682,7 +682,7 @@ def cli(
         try: run(**args)
         except ChromaError as e: sys.exit(f'{f.__name__}: {e}')
         except KeyboardInterrupt: sys.exit(130)
-        except Exception as e:
+        except BaseException as e: # a panic of Rust is no Exception
             if not (said := _trouble(e)): raise
             sys.exit(f'{f.__name__}: {said}')
     home = next(iter(_subcommands(f).values()), f).__globals__

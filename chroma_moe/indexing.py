@@ -8,11 +8,12 @@ __all__ = ['FIRST', 'best_of', 'nearest', 'bit_words', 'differing_bits', 'Rows',
 # %% ../nbs/09b_indexing.ipynb #a0db2208
 import io, json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from .config import ChromaError, need
-from .files import lock, sha256_of, write_whole
+from .files import alone, sha256_of, write_whole
 from .precision import as_numbers, check_precision, dequantise, quantise
 
 # %% ../nbs/09b_indexing.ipynb #caf713c8
@@ -193,6 +194,15 @@ class IndexWriter:
         self.folder = Path(folder)
         self.head = json.loads(json.dumps(dict(format=1, fingerprint=fingerprint, precision=precision, width=width, about=about)))
         check_precision(precision)
+        self.held,self.complete = ExitStack(), (self.folder/'index.json').exists()
+        if held and not self.complete: self.held.enter_context(alone(folder))
+        try: self._begin(folder)
+        except BaseException: self.held.close(); raise
+        self.done = 0                        # parts that are there, without a gap
+        self._count()
+
+    def _begin(self, folder):
+        "Go on with what is there, if it was begun the same way."
         begun = next((self.folder/n for n in ('index.json','begun.json') if (self.folder/n).exists()), None)
         if begun:
             old = _read_json(begun)
@@ -201,13 +211,9 @@ class IndexWriter:
                  'give the same settings to go on, or another folder')
             self.complete = begun.name=='index.json'
         else:
-            need(not self.folder.exists() or not any(self.folder.iterdir()), f"'{folder}' is not empty: give a new folder")
+            need(not self.folder.exists() or all(p.name[0]=='.' for p in self.folder.iterdir()), f"'{folder}' is not empty: give a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder/'begun.json', json.dumps(self.head)); self.complete = False
-        self.held = None
-        if held and not self.complete: self.held = open(self.folder/'begun.json', 'r+b'); lock(self.held, folder)
-        self.done = 0                        # parts that are there, without a gap
-        self._count()
+            write_whole(self.folder/'begun.json', json.dumps(self.head))
 
     def _paths(self, i): return self.folder/f'vectors-{i:05}.npy', self.folder/f'rows-{i:05}.jsonl'
 
@@ -233,8 +239,9 @@ class IndexWriter:
             self._count()                    # others may have written parts
             files = {p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for i in range(self.done) for p in self._paths(i)}
             write_whole(self.folder/'index.json', json.dumps(self.head|dict(files=files), indent=1))
-            (self.folder/'begun.json').unlink(); self.complete = True
-            if self.held: self.held.close()
+            self.complete = True
+        if (self.folder/'begun.json').exists(): (self.folder/'begun.json').unlink()
+        self.held.close()
         return Index.open(self.folder)
 
 def _read_json(p):

@@ -21,6 +21,7 @@ def applies(fault, name, mounts=True, clock=True):
     ranks = CASES[name].ranks
     if fault in ('rank','launch'): return ranks>1 and (fault=='rank' or name!='encode, two ranks')
     if fault in ('cut','wandb','hub'): return name in dict(cut=['synthesise'], wandb=['pretrain'], hub=['encode','data'])[fault]
+    if name=='demo' and fault not in ('kill','term','disk'): return False            # it is long
     if fault in ('disk','readonly') and not mounts or fault=='clock' and not clock: return False
     return ranks==1 or fault in ('kill','term')
 
