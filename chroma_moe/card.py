@@ -10,8 +10,8 @@ __all__ = ['EMPTY', 'OWN', 'TASKS', 'TAGS', 'check_about', 'settings_of', 'comma
 import hashlib, json, re, shlex, warnings
 from pathlib import Path
 import yaml
-from .config import ChromaError, Config, ModelConfig, count_params, need, to_dict
-from .files import alone, write_whole
+from .config import ChromaError, Config, ModelConfig, count_params, need, read_yaml, to_dict
+from .files import alone, json_of, write_whole
 from .sources import parse_source
 from .mixing import parse_weight
 from .model import read_model_config
@@ -26,7 +26,7 @@ def check_about(
     "A copy of `about` as it will be in the file, or what is wrong with it."
     need(about is None or isinstance(about, dict), f'{name} is {about!r:.60}: it must be a dict with the lists training and scores')
     try: about = EMPTY | json.loads(json.dumps(about or {}, default=lambda x: x.item(), allow_nan=False))
-    except (AttributeError, TypeError, ValueError) as e:
+    except (AttributeError, TypeError, ValueError, RecursionError) as e:
         raise ChromaError(f'{name} holds what JSON cannot ({e}): give plain text and finite numbers') from None
     for part,keys in (('training',('phase',)), ('scores',('benchmark','task','metric','system','value'))):
         need(isinstance(about[part], list), f'{name}: {part} is {about[part]!r:.60}: it must be a list')
@@ -277,8 +277,8 @@ def _digest(body): return hashlib.sha256(body.strip().encode('utf-8', 'replace')
 def _front(text):
     "Front matter of a card, and the rest."
     found = re.match(r'---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)', text, re.S)
-    try: front = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError: front = None
+    try: front = read_yaml(found[1]) if found else None
+    except ChromaError: front = None
     return (front, text[found.end():]) if isinstance(front, dict) else ({}, text)
 
 def take_apart(
@@ -325,9 +325,7 @@ def _stored(folder):
     if not p.is_file():
         front = _front(card.read_text(encoding='utf-8-sig', errors='replace'))[0] if card.is_file() else {}
         return check_about(front.get('chroma_moe'), f"'{card}': chroma_moe")
-    try: about = json.loads(p.read_text(encoding='utf-8'))
-    except ValueError as e: raise ChromaError(f"'{p}' is not valid JSON ({e}): mend it, or delete it, and with it the records") from None
-    return check_about(about, f"'{p}'")
+    return check_about(json_of(p, 'mend it, or delete it, and with it the records'), f"'{p}'")
 
 def read_about(
     folder, # of a saved model

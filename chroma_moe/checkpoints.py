@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from .config import ChromaError, need
 
 # %% ../nbs/14d_checkpoints.ipynb #3f2fbad6
@@ -87,15 +87,23 @@ def _sealed(manifest):
     "The bytes of a manifest, with its own SHA-256 at the end."
     return json.dumps(manifest|dict(sha256=hashlib.sha256(json.dumps(manifest).encode()).hexdigest()), indent=2).encode()
 
+def _well_formed(m):
+    "Is a manifest of the right form? A name in it never leads out of the folder."
+    files = m.get('files')
+    return (type(m.get('step')) is int and type(m.get('order')) is int and type(m.get('score')) in (int,float,type(None)) and isinstance(files, dict)
+            and 'state.json' in files and all(re.fullmatch(r'\w[\w-]*\.(json|safetensors)', name) and isinstance(f, dict) and type(f.get('bytes')) is int
+                                              and isinstance(f.get('sha256'), str) for name,f in files.items()))
+
 def _manifest(path):
     "What the manifest of a checkpoint says."
     f = Path(path)/'manifest.json'
     if not f.is_file(): raise ChromaError(f'{f} is missing: this is not a whole checkpoint')
     try: m = json.loads(data := f.read_bytes()); version = m.pop('format')
-    except (OSError, ValueError, LookupError, TypeError, AttributeError): raise ChromaError(f'{f} cannot be read: it is damaged') from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError): raise ChromaError(f'{f} cannot be read: it is damaged') from None
     if version!=_FORMAT: raise ChromaError(f'{f} has format {version} and this version reads {_FORMAT}: read it with the version that wrote it')
     m = dict(format=version)|{k: v for k,v in m.items() if k!='sha256'}
     if _sealed(m)!=data: raise ChromaError(f'{f} has changed: its SHA-256 is another')
+    if not _well_formed(m): raise ChromaError(f'{f} is not a manifest that this package writes: use another checkpoint')
     return m
 
 def _fault(f, size, sha256):
@@ -200,8 +208,11 @@ def load(self:Checkpoints,
     if path not in self.faults: self.faults[path] = verify_checkpoint(path)
     if faults := self.faults[path]: raise ChromaError(f'{path} cannot be loaded: {"; ".join(faults)}; `newest` finds the newest sound one')
     files = _manifest(path)['files']
-    tree = json.loads((path/'state.json').read_text())
-    return {k: _join(v, _read(path/f'{k}.safetensors') if f'{k}.safetensors' in files else {}) for k,v in tree.items()}
+    try:
+        tree = json.loads((path/'state.json').read_text())
+        return {k: _join(v, _read(path/f'{k}.safetensors') if f'{k}.safetensors' in files else {}) for k,v in tree.items()}
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+        raise ChromaError(f'{path} cannot be loaded: its files do not fit together ({type(e).__name__}: {e}); use another checkpoint') from None
 
 # %% ../nbs/14d_checkpoints.ipynb #cdd24275
 @patch

@@ -16,6 +16,15 @@ from .sink import flat
 from .monitor import load_entropy, metrics_rows, new_figure
 
 # %% ../nbs/14c_curves.ipynb #eb35c73f
+def _numbers(row):
+    "Phase, step and single numbers of a row."
+    layers,phase,step = row.pop('routing', None),row.get('phase', ''),row.get('step', 0)
+    if not isinstance(phase, str) or not isinstance(step, (int,float)): raise ValueError(f'its phase is {phase!r:.40} and its step {step!r:.40}')
+    numbers = {k: float(v) for k,v in flat(row).items()} | dict.fromkeys(row.get('not_finite', ()), math.nan)
+    if layers: numbers |= dict(entropy=float(load_entropy(np.array([l['load'] for l in layers])).mean()),
+                               max_share=max(max(l['load']) for l in layers), dead=sum(l['load'].count(0) for l in layers))
+    return phase, step, numbers
+
 def read_curves(
     run, # a folder with a metrics.jsonl, or such a file
 ) -> dict: # {phase: {metric: {step: value}}}
@@ -23,13 +32,12 @@ def read_curves(
     path = Path(run)/'metrics.jsonl' if Path(run).is_dir() else Path(run)
     if not path.is_file(): raise ChromaError(f"'{run}' has no metrics.jsonl: give the folder of a run, such as runs/demo")
     curves = {}
-    for row in metrics_rows(path):
-        layers = row.pop('routing', None)
-        numbers = flat(row) | dict.fromkeys(row.get('not_finite', ()), math.nan)
-        if layers: numbers |= dict(entropy=float(load_entropy(np.array([l['load'] for l in layers])).mean()),
-                                   max_share=max(max(l['load']) for l in layers), dead=sum(l['load'].count(0) for l in layers))
-        phase = curves.setdefault(row.get('phase', ''), {})
-        for k,v in numbers.items(): phase.setdefault(k, {})[row.get('step', 0)] = v
+    for n,row in enumerate(metrics_rows(path), 1):
+        try: phase,step,numbers = _numbers(row)
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+            raise ChromaError(f"'{path}', row {n} is not a row of figures ({type(e).__name__}: {e}): the file was damaged; take that line out") from None
+        kept = curves.setdefault(phase, {})
+        for k,v in numbers.items(): kept.setdefault(k, {})[step] = v
     if not curves: raise ChromaError(f"'{path}' has no rows yet: wait for the first logged step")
     return curves
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from .config import Config, cli, count_params, load_config, need, to_yaml
-from .files import alone, write_whole
+from .files import alone, json_of, write_whole
 from .world import DOMAINS, World
 from .mixing import pairs, texts
 from .tokenizer import ChromaTokenizer
@@ -61,10 +61,11 @@ class Stages:
         known,others = self.out/'config.yaml', sorted(p.name for p in self.out.iterdir() if not p.name.startswith('.'))
         need(known.exists() or not others, f"'{out}' holds files of something else ({', '.join(others[:3])}): give an empty --out")
         if overwrite: self.clear()
-        need(not known.exists() or known.read_text()==to_yaml(c), f"'{out}' holds a run with other settings: give another --out, or "
+        need(not known.exists() or known.read_bytes()==to_yaml(c).encode(), f"'{out}' holds a run with other settings: give another --out, or "
              '--overwrite to remove that run and start again')
         write_whole(known, to_yaml(c))
-        self.seconds = json.loads((self.out/'stages.json').read_text()) if (self.out/'stages.json').exists() else {}
+        told = json_of(self.out/'stages.json', 'remove it, the run goes on without it') if (self.out/'stages.json').exists() else {}
+        self.seconds = {k: s for k,s in told.items() if isinstance(s, (int,float))}
 
     def clear(self):
         "Remove what a run writes, and nothing else."
@@ -231,7 +232,7 @@ def _demo(c, command, start, out, overwrite, progress):
     before = sum(stages.seconds.values())
     if (stages.out/'summary.json').exists() and (stages.out/'report.html').exists():
         print(f'{out} is complete; --overwrite would start again\n')
-        return _tell(stages.out, json.loads((stages.out/'summary.json').read_text()))
+        return _tell(stages.out, json_of(stages.out/'summary.json', 'remove it, and the report is made again'))
     print(f'{c.active_model_profile}: {count_params(c.model):,} parameters, {count_params(c.model, True):,} used by a token; '
           f'{c.pretrain.steps} steps of phase 1, {c.tune.steps} of phase 2')
     tokenizer = ChromaTokenizer.load(stages.run('tokenizer', _tokenizer(c)))

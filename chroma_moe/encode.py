@@ -57,7 +57,8 @@ class Texts:
         number = 0
         for file in self.files:
             for _,line,r,fault in records(file):
-                fault = self._fault({'text': r} if isinstance(r, str) else r, fault)
+                r = {'text': r} if isinstance(r, str) else r
+                fault = self._fault(r, fault)
                 if fault:
                     if not self.skip_bad: raise ChromaError(f'{file.path}, line {line}: {fault}: mend it, name the columns with --text and --id, or leave such '
                                                             'records out with --skip_bad')
@@ -108,7 +109,7 @@ def encode_files(
     bar.close()
     need(n, f"{', '.join(f.path for f in texts.files)}: no records, so there is nothing to encode")
     ranks.wait()
-    return after_main(writer.finish, lambda: Index.open(out), ranks)
+    return after_main(writer.finish, lambda: Index.open(out, verify=False), ranks)
 
 # %% ../nbs/22a_encode.ipynb #552af377
 @cli

@@ -21,6 +21,7 @@ from .packing import pack, token_batches
 from .precision import check_precision, quantise
 from .model import load_model, save_model
 from .card import read_about, write_card
+from .files import json_of
 from .indexing import Index
 
 # %% ../nbs/10_encoder.ipynb #71b768e4
@@ -63,14 +64,22 @@ def _library_files(max_length, prompts):
             split_special_tokens=True, model_input_names=['input_ids','attention_mask'], chat_template=_TEMPLATE,
             additional_special_tokens=list(SPECIALS[QUERY:]), **{f'{s[1:-1]}_token': s for s in SPECIALS[:QUERY]})}
 
+def _check_settings(found, name):
+    "`max_length` and `prompts`, or what is wrong with them."
+    length,prompts = found.get('max_length', 512),found.get('prompts', {})
+    need(type(length) is int and length>2, f"{name}: max_length is {length!r:.60}: it must be a whole number of tokens, 3 or more")
+    need(isinstance(prompts, dict) and all(isinstance(p, str) for p in prompts.values()), f"{name}: prompts are {prompts!r:.60}: give each name its words")
+    return dict(max_length=length, prompts=prompts)
+
 def _settings(folder):
     "`max_length` and `prompts` of a saved model: ours, or what another library left in its place."
-    def read(name): return json.loads((folder/name).read_text(encoding='utf-8')) if (folder/name).is_file() else {}
-    if (folder/'encoder.json').is_file(): return read('encoder.json')
-    found = read('config_sentence_transformers.json').get('prompts', {})
-    heads = {name: SPECIALS[marker] for name,marker in _markers(found).items()}
-    prompts = {name: p[len(heads[name]):] for name,p in found.items() if p.startswith(heads[name]) and p!=heads[name]}
-    return dict(max_length=read('tokenizer_config.json').get('model_max_length', 512), prompts=prompts)
+    def read(name): return json_of(folder/name, 'the file is damaged, copy it again') if (folder/name).is_file() else {}
+    if (folder/'encoder.json').is_file(): return _check_settings(read('encoder.json'), f"'{folder}/encoder.json'")
+    name,length = 'config_sentence_transformers.json',read('tokenizer_config.json').get('model_max_length', 512)
+    found = _check_settings(dict(prompts=read(name).get('prompts', {}), max_length=length), f"'{folder}/{name}' or tokenizer_config.json")
+    heads = {name: SPECIALS[marker] for name,marker in _markers(found['prompts']).items()}
+    return found|dict(prompts={name: p[len(heads[name]):] for name,p in found['prompts'].items() if p.startswith(heads[name]) and p!=heads[name]})
+
 
 # %% ../nbs/10_encoder.ipynb #69041c19
 def fetch(

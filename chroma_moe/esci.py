@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from .files import seal, unseal
 from .config import ChromaError, need
 from .encoder import ChromaMoE
 from .metrics import bootstrap, ndcg_at
@@ -135,12 +136,10 @@ def _vectors(encoder, texts, role):
     return np.asarray(encoder.vectors(texts, role))
 
 def _kept(path):
-    "Cosines of an earlier run; a line that was cut off counts as not written."
+    "Cosines of an earlier run; a line that was cut off or changed counts as not written."
     found = {}
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
-        try: *key,cosine = json.loads(line)
-        except ValueError: continue
-        found[tuple(key)] = cosine
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        if r := unseal(line): found[tuple(r['key'])] = r['cosine']
     return found
 
 def judge(
@@ -164,7 +163,7 @@ def judge(
             cosines = (_vectors(encoder, [part[i]['product'] for i in todo], 'document')*np.stack([vectors[keys[i][:2]] for i in todo])).sum(-1)
             fresh = {keys[i]: round(float(c), 6) for i,c in zip(todo, cosines)}
             if path:
-                with path.open('a', encoding='utf-8') as f: f.write('\n'+''.join(json.dumps([*k, c])+'\n' for k,c in fresh.items()))
+                with path.open('a', encoding='utf-8') as f: f.write('\n'+''.join(seal(dict(key=k, cosine=c))+'\n' for k,c in fresh.items()))
             kept |= fresh
         for k,r in zip(keys, part):
             asked,text = terms.setdefault(k[:2], tuple(dict.fromkeys(words(r['text'])))),Counter(words(r['product']))

@@ -14,7 +14,7 @@ from base64 import b64encode
 from functools import partial
 from pathlib import Path
 from .config import ChromaError, cli, load_config, need
-from .files import alone, write_whole
+from .files import alone, seal, unseal, write_whole
 from .world import parse_size
 from .mixing import pairs, parse_weight, texts
 from .leaks import LeakGuard, normal
@@ -77,10 +77,9 @@ class Results:
         "Rows of a piece of work, made now or before; those of work that failed are made again."
         h = hashlib.sha256(json.dumps([name, key]).encode()).hexdigest()[:12]
         path = self.folder/f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[:80]}-{h}.json"
-        try: return json.loads(path.read_text(encoding='utf-8')), True
-        except (OSError, ValueError): pass
+        if path.is_file() and (kept := unseal(path.read_bytes())): return kept['rows'], True
         rows = json.loads(json.dumps(make()))
-        if all(r.get('value') is not None for r in rows): write_whole(path, json.dumps(rows))
+        if all(r.get('value') is not None for r in rows): write_whole(path, seal(dict(rows=rows)))
         return rows, False
 
 # %% ../nbs/21e_evaluate.ipynb #70630c61

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from .config import ChromaError, need
-from .files import alone, sha256_of, write_whole
+from .files import alone, json_of, parse_json, sha256_of, write_whole
 from .precision import as_numbers, check_precision, dequantise, quantise
 
 # %% ../nbs/09b_indexing.ipynb #caf713c8
@@ -84,7 +84,7 @@ class Rows:
         ends,at = self.ends[part], i-(int(upto[part-1]) if part else 0)
         with open(self.paths[part], 'rb') as f:
             f.seek(int(ends[at-1])+1 if at else 0)
-            return json.loads(f.readline())
+            return parse_json(f.readline(), f"'{self.paths[part]}', line {at+1}", 'the index is damaged, build it again')
 
 class Index:
     "Vectors of a collection, a row about each, and the model they are of."
@@ -154,6 +154,11 @@ def take(
     for p in np.unique(part): out[part==p] = self.numbers(self.parts[p][places[part==p]-starts[p]])
     return out
 
+def _finite(found):
+    "Scores and places, unless a score is no number."
+    need(np.isfinite(found[0]).all(), 'a score is not a finite number: the vectors of the index or of the query are broken, make them again')
+    return found
+
 @patch
 def search(
     self:Index,
@@ -169,10 +174,10 @@ def search(
     self.check(q, fingerprint)
     many = max(1, (1<<24)//65536)            # queries at a time: the table of scores stays small
     if len(q)>many: return tuple(np.concatenate(x) for x in zip(*(self.search(q[i:i+many], k, first, oversample) for i in range(0, len(q), many))))
-    if first is None: return best_of(self._blocks(lambda x: torch.from_numpy(q) @ torch.from_numpy(self.numbers(x)).T), len(q), k)
+    if first is None: return _finite(best_of(self._blocks(lambda x: torch.from_numpy(q) @ torch.from_numpy(self.numbers(x)).T), len(q), k))
     places = np.sort(self._first(first, q, k*oversample), axis=1)                     # ascending, so that ties fall to the earlier
     scores = torch.from_numpy(np.einsum('qw,qmw->qm', q, self.take(places)))
-    return tuple(x.numpy() for x in _top(scores, torch.from_numpy(places), k))
+    return _finite(tuple(x.numpy() for x in _top(scores, torch.from_numpy(places), k)))
 
 # %% ../nbs/09b_indexing.ipynb #21ef8dae
 def _npy(a):
@@ -235,20 +240,34 @@ class IndexWriter:
 
     def finish(self) -> 'Index':
         "Write `index.json`, and open the index."
-        if not self.complete:
+        before = self.complete
+        if not before:
             self._count()                    # others may have written parts
             files = {p.name: dict(size=p.stat().st_size, sha256=sha256_of(p)) for i in range(self.done) for p in self._paths(i)}
             write_whole(self.folder/'index.json', json.dumps(self.head|dict(files=files), indent=1))
             self.complete = True
         if (self.folder/'begun.json').exists(): (self.folder/'begun.json').unlink()
         self.held.close()
-        return Index.open(self.folder)
+        return Index.open(self.folder, verify=before)                                      # else its sums were just taken
 
 def _read_json(p):
-    try: d = json.loads(p.read_text(encoding='utf-8'))
-    except ValueError as e: raise ChromaError(f"'{p}' is not valid JSON ({e}): the file is damaged, build the index again") from None
-    need(isinstance(d, dict) and d.get('format')==1, f"'{p}' is not of an index that this version can read: its format must be 1")
+    d = json_of(p, 'the file is damaged, build the index again')
+    need(d.get('format')==1, f"'{p}' is not of an index that this version can read: its format must be 1")
+    kinds = dict(fingerprint=str, precision=str, width=int, about=dict)
+    odd = next((k for k,kind in kinds.items() if type(d.get(k)) is not kind), None)
+    need(odd is None, f"'{p}': {odd} is {d.get(odd)!r:.60}: the file is damaged, build the index again")
     return d
+
+def _parts(folder, d, verify):
+    "The paths of an index's files, as index.json has them, each in the folder and as it was written."
+    files = d.get('files')
+    need(isinstance(files, dict) and len(files)%2==0, f"'{folder}/index.json' does not list the files of an index: it is damaged, build it again")
+    want = {f'{k}-{i:05}{end}' for i in range(len(files)//2) for k,end in (('vectors','.npy'), ('rows','.jsonl'))}
+    for name,f in sorted(files.items()):
+        at = folder/name
+        need(name in want and isinstance(f, dict) and at.is_file() and at.stat().st_size==f.get('size') and not (verify and sha256_of(at)!=f.get('sha256')),
+             f"'{at}' is missing or not what index.json says of it: the index is damaged, build it again")
+    return [folder/n for n in sorted(files)]
 
 @patch
 def save(self:Index, folder):
@@ -264,20 +283,17 @@ def save(self:Index, folder):
 def open(
     cls:Index,
     folder,            # written by `save` or IndexWriter
-    verify:bool=False, # also compare the SHA-256 of every file?
+    verify:bool=True,  # compare the SHA-256 of every file?
 ):
     "Open a saved index; its vectors stay on disk until they are needed."
     folder = Path(folder); p = folder/'index.json'
     unfinished = f"'{folder}' is an index that was not finished: run the command that began it again" if (folder/'begun.json').exists() else None
     need(p.is_file(), unfinished or f"there is no index in '{folder}': chroma_encode or Index.save makes one")
-    d = _read_json(p)
-    for name,f in d['files'].items():
-        at = folder/name
-        need(at.parent==folder and at.is_file() and at.stat().st_size==f['size'] and not (verify and sha256_of(at)!=f['sha256']),
-             f"'{at}' is missing or not what index.json says of it: the index is damaged, build it again")
-    names = [folder/n for n in sorted(d['files'])]
+    d = _read_json(p); check_precision(d['precision']); names = _parts(folder, d, verify)
     try: parts = [np.load(n, mmap_mode='r', allow_pickle=False) for n in names if n.suffix=='.npy']
-    except (ValueError, OSError) as e: raise ChromaError(f"'{folder}': its vectors cannot be read ({e}): build the index again") from None
-    per = -(-d['width']//8) if d['precision'].endswith('binary') else d['width']
-    need(all(x.ndim==2 and x.shape[1]==per for x in parts), f"'{folder}': its vectors do not have {d['width']} numbers: build the index again")
+    except Exception as e: raise ChromaError(f"'{folder}': its vectors cannot be read ({type(e).__name__}: {e}): build the index again") from None
+    per,kind = -(-d['width']//8) if d['precision'].endswith('binary') else d['width'],quantise(np.zeros((0, 8)), d['precision']).dtype
+    need(all(x.ndim==2 and x.shape[1]==per and x.dtype==kind for x in parts), f"'{folder}': its vectors do not have {d['width']} numbers as "
+         f"{d['precision']}: build the index again")
     return cls(parts, Rows(n for n in names if n.suffix=='.jsonl'), d['fingerprint'], d['precision'], d['width'], d['about'])
+

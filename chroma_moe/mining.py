@@ -21,7 +21,7 @@ from bm25s import BM25, tokenize
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, cli, load_config, need
-from .files import lock, write_whole
+from .files import json_of, lock, seal, unseal, write_whole
 from .rows import shown
 from .leaks import text_hashes, word_hashes
 from .mixing import pairs, texts
@@ -636,9 +636,7 @@ def _stream_facts(stream):
 
 def _last_entry(log):
     "The last whole line of a log, or None."
-    for line in reversed(log.splitlines()):
-        try: return json.loads(line)
-        except ValueError: pass                     # cut short by a kill
+    return next((e for line in reversed(log.splitlines()) if (e := unseal(line))), None)   # one that a kill cut short is passed over
 
 # %% ../nbs/19_mining.ipynb #fbf751c1
 def _worth(folder): return os.path.getsize(folder/'log.jsonl') or (folder/'vectors').exists()   # has a run done what took time?
@@ -646,9 +644,9 @@ def _worth(folder): return os.path.getsize(folder/'log.jsonl') or (folder/'vecto
 def _same_settings(folder, settings, out, overwrite):
     "Refuse, or with `overwrite` clear away, an unfinished run with other settings."
     path,now = folder/'settings.json',json.loads(json.dumps(settings))
-    old = json.loads(path.read_text()) if path.exists() else None
+    old = json_of(path, f"remove '{folder}' and begin anew") if path.exists() else None
     if old is not None and old!=now:
-        k = next(k for k in now|old if now.get(k)!=old.get(k))
+        k = next(k for k in now|old if (k in now, now.get(k))!=(k in old, old.get(k)))
         what = f'the files of its {k} are others now' if isinstance(now.get(k), list) else f'{k} was {shown(old.get(k))} and is now {shown(now.get(k))}'
         need(overwrite or not _worth(folder), f"there is an unfinished run for '{out}', and {what}: give the same to go on, or --overwrite to begin anew")
         for p in folder.iterdir():
@@ -713,12 +711,15 @@ def _append(folder, log, entry, stream, miner, block, pack, workers, progress):
     with open(folder/'rows', 'ab') as f, tqdm(initial=entry['rows'], unit=' rows', desc='mining', disable=not progress) as bar:
         need(f.tell()>=entry['bytes'], f"'{folder}/rows' is shorter than its log says: it was damaged, remove '{folder}' and begin anew")
         f.truncate(entry['bytes'])
-        n,end = entry['rows'],entry['bytes']
+        n,end,digest = entry['rows'],entry['bytes'],hashlib.sha256()
+        with open(folder/'rows', 'rb') as held: # what an earlier run wrote must be what it wrote
+            while piece := held.read(1<<20): digest.update(piece)
+        need(not end or digest.hexdigest()==entry['sha256'], f"'{folder}/rows' has changed since it was written: remove '{folder}' and begin anew")
         todo = () if entry['done'] else _blocks(stream, block, n)
         for lines,new,rows,state in parallel_map(partial(_mined_bytes, miner=miner, pack=pack), todo, workers):
-            f.write(lines); f.flush(); os.fsync(f.fileno())
+            f.write(lines); f.flush(); os.fsync(f.fileno()); digest.update(lines)
             count.update(new); n += rows; end += len(lines); bar.update(rows)
-            log.write(f'\n{json.dumps(dict(bytes=end, rows=n, counts=count, state=state, done=state is None))}\n'.encode())
+            log.write(f'\n{seal(dict(bytes=end, rows=n, counts=count, state=state, done=state is None, sha256=digest.hexdigest()))}\n'.encode())
     return count
 
 # %% ../nbs/19_mining.ipynb #fc8c15b4

@@ -43,7 +43,7 @@ def metrics_rows(
         for i,line in enumerate(f, 1):
             if bad: raise ChromaError(f'{path}, line {bad} is not JSON: the file was damaged; take that line out')
             try: row = json.loads(line)
-            except ValueError: row = None
+            except (ValueError, RecursionError): row = None
             if isinstance(row, dict): yield row
             else: bad = i
 
@@ -68,7 +68,7 @@ def _mend(path):
         size = f.seek(0, 2); f.seek(max(0, size-(1<<24)))
         last = f.read().rpartition(b'\n')[2]
         try: json.loads(last or b'0'); f.write(b'\n'*bool(last))                      # whole, only its end is missing
-        except ValueError: f.truncate(size-len(last))
+        except (ValueError, RecursionError): f.truncate(size-len(last))
 
 def _rewrite(path, stays:Callable) -> int: # lines that were not JSON
     "Replace the file by one with only the rows that stay."
@@ -77,7 +77,7 @@ def _rewrite(path, stays:Callable) -> int: # lines that were not JSON
         with open(path, 'rb') as old, open(new, 'wb') as f:
             for line in old:
                 try: row = json.loads(line)
-                except ValueError: row = None; unread += 1
+                except (ValueError, RecursionError): row = None; unread += 1
                 if isinstance(row, dict) and stays(row): f.write(line)
             f.flush(); os.fsync(f.fileno())
         os.replace(new, path)
@@ -120,7 +120,9 @@ class MetricsLog:
         phase:str|None=None, # whose rows are meant; None is every row
     ):
         "Drop the rows of later steps, so that the log reads as if nothing had happened."
-        def stays(row): return phase not in (None, row.get('phase')) or row.get('step', 0)<=step
+        def stays(row):
+            at = row.get('step', 0)
+            return phase not in (None, row.get('phase')) or isinstance(at, (int,float)) and at<=step
         self._kept,self._late = [r for r in self._kept if stays(r)], b''
         if not self.path or not self.path.exists(): return
         try: unread = _rewrite(self.path, stays)

@@ -105,14 +105,16 @@ def _chunks(file, size=1<<20):
             f = gzip.open(f)
         yield from iter(lambda: f.read(size), b'')
 
-def _lines(file):
-    "Lines of a file, as bytes, without their ends."
-    rest = b''
+def _lines(file, most=1<<28):
+    "Lines of a file, as bytes, without their ends; one that is longer than any record is refused before it fills the memory."
+    rest,size = [],0
     for c in _chunks(file):
-        parts = (rest+c).split(b'\n')
-        rest = parts.pop()
-        yield from parts
-    if rest: yield rest
+        first,*more = c.split(b'\n')
+        rest.append(first); size += len(first)
+        if size>most: raise ChromaError(f'{file.path} has a line of more than {most>>20} MB: write one record a line')
+        if more: yield b''.join(rest); yield from more[:-1]; rest,size = [more[-1]],len(more[-1])
+    if size: yield b''.join(rest)
+
 
 # %% ../nbs/01a_rows.ipynb #140acaed
 def _json_lines(file, start):
@@ -125,8 +127,12 @@ def _json_lines(file, start):
 def _json(file, start):
     "JSON lines, or one array, which is read whole."
     if next((c.strip()[:1] for c in _chunks(file) if c.strip()), b'')!=b'[': yield from _json_lines(file, start); return
-    try: rows = json.loads(b''.join(_chunks(file)))
-    except ValueError as e: raise ChromaError(f'{file.path} is not valid JSON ({e}): write one object a line, as .jsonl') from None
+    size,pieces = 0,[]
+    for c in _chunks(file):
+        pieces.append(c); size += len(c)
+        if size>1<<30: raise ChromaError(f'{file.path} is one array of more than a gigabyte: write one object a line, as .jsonl')
+    try: rows = json.loads(b''.join(pieces))
+    except (ValueError, RecursionError) as e: raise ChromaError(f'{file.path} is not valid JSON ({e}): write one object a line, as .jsonl') from None
     for n,r in enumerate(rows[start:], start): yield n, n+1, r, ''
 
 def _text_lines(file, start):
@@ -148,7 +154,8 @@ def _csv(file, start):
         except csv.Error as e:
             lost = rows.line_num-line
             if lost>100: raise ChromaError(f'{file.path}: a quote that opens in line {line} swallows {lost:,} lines: close it') from None
-            yield n, line, None, f'not valid CSV ({e})'; continue
+            if n>=start: yield n, line, None, f'not valid CSV ({e})'
+            continue
         if n<start or not r: continue
         yield n, line, dict(zip(head, r)), '' if len(r)==len(head) else f'{len(r)} fields, and the header has {len(head)}'
 

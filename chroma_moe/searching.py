@@ -7,7 +7,7 @@ __all__ = ['show_hits', 'chroma_search']
 
 # %% ../nbs/22b_searching.ipynb #ce3cdffc
 import sys, textwrap
-from .config import cli, need
+from .config import cli, need, visible
 from .indexing import FIRST, Index
 from .encoder import ChromaMoE
 from .training import tune_cpu
@@ -23,8 +23,8 @@ def show_hits(
     out = []
     for n,h in enumerate(hits, 1):
         place = f", characters {h['start']:,} to {h['end']:,}" if 'start' in h else ''
-        body = textwrap.wrap(' '.join(h['text'].split()), width-5, max_lines=lines or None, placeholder=' ...') or ['(empty)']
-        out.append('\n'.join([f"{n:2}. {h['score']:.3f}  {h['id']}{place}", *(f'     {l}' for l in body)]))
+        body = textwrap.wrap(visible(' '.join(h['text'].split())), width-5, max_lines=lines or None, placeholder=' ...') or ['(empty)']
+        out.append('\n'.join([f"{n:2}. {h['score']:.3f}  {visible(str(h['id']))}{place}", *(f'     {l}' for l in body)]))
     return '\n'.join(out) or 'nothing found'
 
 # %% ../nbs/22b_searching.ipynb #446b5692

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from .config import ChromaError, build, cli, need, read_yaml
+from .config import ChromaError, build, cli, need, read_text, read_yaml
 from .encoder import ChromaMoE, MARKERS, QUERY, encode_texts
 from .training import tune_cpu
 
@@ -293,7 +293,7 @@ def read_keys(
     if path is None: lines,where = [os.environ.get('CHROMA_API_KEY', '')],'CHROMA_API_KEY'
     else:
         need(Path(path).is_file(), f"there is no key file '{path}': write one, with one key a line")
-        lines,where = Path(path).read_text(encoding='utf-8').splitlines(),f"'{path}'"
+        lines,where = read_text(path).splitlines(),f"'{path}'"
     keys = tuple(k.strip() for k in lines if k.strip())
     need(keys or path is None, f'{where} holds no key: write one key a line')
     need(all(k.isascii() and k.isprintable() and ' ' not in k for k in keys), f'{where} holds a key with spaces or other than ASCII letters: '
@@ -364,10 +364,11 @@ async def embed(
     receive,
 ) -> bytes:
     "Answer a request for embeddings."
+    body = await read_body(headers, receive, self.limits)     # one that is slow to arrive takes no place among those at work
     if self.open>=self.limits.requests: raise Refusal(503, f'{self.open} requests are at work already: ask again in a second', Retry_After='1')
     self.open += 1
     try:
-        asked = parse_request(await read_body(headers, receive, self.limits), self.offer, self.limits)
+        asked = parse_request(body, self.offer, self.limits)
         rows = await self.wait(asked, receive)
         if len(rows)*asked.width<20_000: body = answer(rows, asked, self.name)
         else: body = await asyncio.to_thread(answer, rows, asked, self.name)
@@ -419,23 +420,27 @@ def make_app(
 
 # %% ../nbs/23_serving.ipynb #f525581d
 def _uvicorn():
-    import uvicorn
+    import h11, uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
-    return uvicorn,H11Protocol
+    return uvicorn,h11,H11Protocol
 
 def make_server(
     app,            # of `make_app`
     limits:Limits,
 ): # a uvicorn.Server
     "A server that waits for nobody too long."
-    uvicorn,H11Protocol = _web(_uvicorn)
+    uvicorn,h11,H11Protocol = _web(_uvicorn)
     class Watched(H11Protocol):
         timer = None
         def connection_made(self, transport):
-            super().connection_made(transport); self.watch()
-            if len(self.connections)>limits.connections: transport.abort()
+            super().connection_made(transport); self.since = self.loop.time(); self.watch()
+            live = [c for c in self.connections if not c.transport.is_closing()]
+            if len(live)>limits.connections: min(live, key=lambda c: (c.at_work, c.since)).transport.abort()
+        @property
+        def at_work(self): # has all of a request arrived, and is it not answered yet?
+            return self.cycle is not None and not self.cycle.response_complete and self.conn.their_state is not h11.SEND_BODY
         def data_received(self, data): super().data_received(data); self.watch()
-        def on_response_complete(self): super().on_response_complete(); self.watch()
+        def on_response_complete(self): super().on_response_complete(); self.since = self.loop.time(); self.watch()
         def connection_lost(self, error): super().connection_lost(error); self.stop()
         def stop(self):
             if self.timer: self.timer.cancel()

@@ -10,14 +10,14 @@ import json, netrc, os, queue, secrets, subprocess, sys, threading, urllib.error
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tqdm import tqdm
-from .config import WandbConfig
+from .config import WandbConfig, veiled
 
 # %% ../nbs/14a_sink.ipynb #bd627559
 def say(
     message:str, # one sentence
 ):
-    "Print a sentence to stderr without tearing a progress line."
-    tqdm.write(message, file=sys.stderr)
+    "Print a sentence to stderr without tearing a progress line, and without the passwords in its addresses."
+    tqdm.write(veiled(message), file=sys.stderr)
 
 # %% ../nbs/14a_sink.ipynb #56dae755
 def flat(

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'INDEX', 'token_dtype', 'fingerprint', 'read_manifest', 'un
            'TokenStore', 'describe', 'verify_store', 'StoreBatch', 'StoreReader', 'merge_stores']
 
 # %% ../nbs/04a_store.ipynb #bc1fdea2
-import gc, hashlib, json, os, shutil, signal, sys, threading, time
+import gc, hashlib, json, os, re, shutil, signal, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 from .config import ChromaError, STRATEGIES, need
-from .files import lock
+from .files import lock, seal, unseal
 from .tokenizer import BOS, EOS, ChromaTokenizer
 
 # %% ../nbs/04a_store.ipynb #af233ad8
@@ -100,6 +100,21 @@ def _write_manifest(folder, chunks, **about):
     _write(folder/'manifest.json', json.dumps(m|dict(sha256=_sha(_canonical(m))), indent=1).encode())
 
 # %% ../nbs/04a_store.ipynb #abb5c34a
+_ROW = dict(domain=str, source=str, texts=int, tokens=int, bytes=int, lengths=list)
+_CHUNK = dict(name=str, texts=int, tokens=int, empty=int, table=list, sha256=dict)
+_WHOLE = dict(dtype=str, vocab_size=int, tokenizer=str, domains=list, sources=list, texts=int, tokens=int, bytes=int, empty=int, table=list, chunks=list)
+
+def _odd_place(m):
+    "The first place of a manifest that is not of the form it should have, or ''. A name in it never leads out of the folder."
+    def fits(x, form): return isinstance(x, dict) and all(type(x.get(k)) is t and (t is not int or 0<=x[k]<2**62) for k,t in form.items())
+    def table(rows): return all(fits(r, _ROW) and all(type(n) is int for n in r['lengths']) for r in rows)
+    if not fits(m, _WHOLE) or not table(m['table']) or not all(isinstance(n, str) for k in ('domains','sources') for n in m[k]): return 'its head'
+    if m['dtype']!=token_dtype(m['vocab_size']).str: return 'dtype'
+    def good(c):
+        return fits(c, _CHUNK) and re.fullmatch(r'chunk_\d+', c['name']) and table(c['table']) and \
+            all(isinstance(c['sha256'].get(k), str) for k in ('tokens','index'))
+    return next((f'chunk {i}' for i,c in enumerate(m['chunks']) if not good(c)), '' if m['chunks'] else 'the list of chunks')
+
 def read_manifest(
     path, # folder of a store
 ) -> dict:
@@ -112,7 +127,8 @@ def read_manifest(
         m = json.loads(p.read_bytes()); claimed = m.pop('sha256')
         if m['format']!=FORMAT: raise ChromaError(f"'{p}' is of format {m['format']} and this version reads {FORMAT}: build the store again")
         if _sha(_canonical(m))!=claimed: raise ValueError('its own checksum does not match')
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if odd := _odd_place(m): raise ValueError(f'{odd} is not what this package writes')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ChromaError(f"'{p}' is damaged ({str(e) or type(e).__name__}): copy the store again, or rebuild it") from None
     return m|dict(sha256=claimed)
 
@@ -123,12 +139,8 @@ def _place(out):
     return out, out.with_name(f'.{out.name}.building'), out.with_name(f'.{out.name}.old')
 
 def _finished(log):
-    "Entries in the log of an unfinished build; a line that was cut short does not count."
-    entries = {}
-    for line in log.splitlines():
-        try: e = json.loads(line); entries[e['name']] = e
-        except (ValueError, KeyError, TypeError): pass
-    return entries
+    "Entries in the log of an unfinished build; a line that was cut short or changed does not count."
+    return {e['name']: e for line in log.splitlines() if (e := unseal(line)) and 'name' in e}
 
 def unfinished(
     out, # folder of a store
@@ -245,6 +257,17 @@ def _file_faults(folder, entry, dtype):
     return faults + [f'{p.name} has changed: its SHA-256 is not the one in the manifest' for kind,p in paths.items()
                      if _sha(_mapped(p, np.uint8))!=entry['sha256'][kind]]
 
+def _order_faults(name, ids, index, m):
+    "What is wrong with the ends of the texts and the ids in a chunk."
+    steps = np.diff(index['end'].astype(np.int64), prepend=0)
+    if steps.sum()!=len(ids) or (steps<=0).any(): return [f'{name}.index: the ends of the texts do not rise to {len(ids):,}, the number of tokens']
+    if not len(ids): return []
+    for k in ('domain','source'):
+        if index[k].max()>=len(m[f'{k}s']): return [f"{name}.index: {k} {index[k].max()} is not one of the {len(m[f'{k}s'])} in the manifest"]
+    if ids.max()>=m['vocab_size']: return [f"{name}.tokens: id {ids.max():,} lies outside the vocabulary of {m['vocab_size']:,}"]
+    return []
+
+
 # %% ../nbs/04a_store.ipynb #5baf006a
 _WORK = []
 
@@ -310,7 +333,7 @@ def build_store(
         log.seek(0); finished = _finished(log.read())
         make = partial(_make_chunk, folder=folder, tokenizer=tokenizer, kind=about)
         for entry in parallel_map(make, _jobs(rows, chunk_chars, domains, sources, finished), workers or os.cpu_count()):
-            with _writing(log.name): log.write(f'\n{json.dumps(entry)}\n'.encode())
+            with _writing(log.name): log.write(f'\n{seal(entry)}\n'.encode())
             chunks.append(entry); bar.update(entry['tokens'])
         if not any(c['texts'] for c in chunks):
             shutil.rmtree(folder)
@@ -341,14 +364,16 @@ class TokenStore:
         if faults: raise ChromaError(f"the token store '{self.path}' is damaged: {faults[0]}{more}: copy it again, or rebuild it")
 
     def chunk(self, k:int): # ids and index
-        "Map chunk `k`; its checksum is compared the first time."
+        "Map chunk `k`; its checksum is compared the first time, and the ends and ids in it are looked through."
         c = self.chunks[k]; p = self.path/c['name']
-        if k not in self.sound: self._refuse(_file_faults(self.path, c, self.dtype)); self.sound.add(k)
-        return _mapped(f'{p}.tokens', self.dtype), _mapped(f'{p}.index', INDEX)
+        if k not in self.sound: self._refuse(_file_faults(self.path, c, self.dtype))
+        ids,index = _mapped(f'{p}.tokens', self.dtype), _mapped(f'{p}.index', INDEX)
+        if k not in self.sound: self._refuse(_order_faults(c['name'], ids, index, self.manifest)); self.sound.add(k)
+        return ids, index
 
 def _same_tokenizer(path, m, print_, size):
     "Refuse a store of another tokenizer."
-    if print_!=m['tokenizer']:
+    if print_!=m['tokenizer'] or size!=m['vocab_size']:
         raise ChromaError(f"the token store '{path}' was built with the tokenizer {m['tokenizer'][:12]} of {m['vocab_size']:,} tokens, and this one is "
                           f'{print_[:12]} of {size:,}: use the tokenizer.json in that folder, or build the store again')
 
@@ -368,13 +393,8 @@ def _content_faults(folder, m, c):
     "What is wrong inside a chunk whose files are whole."
     p = Path(folder)/c['name']
     ids,index = _mapped(f'{p}.tokens', m['dtype']), _mapped(f'{p}.index', INDEX)
-    steps = np.diff(index['end'].astype(np.int64), prepend=0)
-    if steps.sum()!=len(ids) or (steps<=0).any(): return [f'{p.name}.index: the ends of the texts do not rise to {len(ids):,}, the number of tokens']
-    if not len(ids): return []
-    for k in ('domain','source'):
-        if index[k].max()>=len(m[f'{k}s']): return [f"{p.name}.index: {k} {index[k].max()} is not one of the {len(m[f'{k}s'])} in the manifest"]
-    if ids.max()>=m['vocab_size']: return [f"{p.name}.tokens: id {ids.max():,} lies outside the vocabulary of {m['vocab_size']:,}"]
-    return [] if _table(index, m['domains'], m['sources'])==c['table'] else [f'{p.name}: its statistics are not those in the manifest']
+    if faults := _order_faults(p.name, ids, index, m): return faults
+    return [] if not len(ids) or _table(index, m['domains'], m['sources'])==c['table'] else [f'{p.name}: its statistics are not those in the manifest']
 
 def _tokenizer_faults(path, m):
     "What is wrong with the tokenizer in a store."

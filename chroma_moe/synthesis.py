@@ -23,9 +23,9 @@ import bm25s
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
-from .config import ChromaError, cli, load_config, need, read_yaml
+from .config import ChromaError, cli, load_config, need, read_text, read_yaml
 from .files import lock, write_whole
-from .rows import check_row, complete, text_fault
+from .rows import check_row, complete, shown, text_fault
 from .mixing import texts
 from .leaks import normal
 from .tokenizer import ChromaTokenizer
@@ -86,11 +86,11 @@ def read_prompts(
     "The built-in prompts, with those of a file on top."
     if path is None: return dict(PROMPTS)
     need(Path(path).is_file(), f"there is no file of prompts '{path}': give a YAML file with a domain and `text:` below it, or leave it out")
-    given,out = read_yaml(Path(path).read_text(encoding='utf-8'), str(path)), dict(PROMPTS)
+    given,out = read_yaml(read_text(path), str(path)), dict(PROMPTS)
     need(isinstance(given, dict) and given, f"'{path}' holds no prompts: write a domain, such as finance, and `text:` below it")
     for domain,p in given.items():
         need(isinstance(p, dict) and p and set(p)<={'text','instruction'} and all(isinstance(v, str) for v in p.values()),
-             f"'{path}': the prompt of '{domain}' is {str(p)[:60]!r}: give `text:` and `instruction:`, or one of them")
+             f"'{path}': the prompt of '{domain}' is {shown(p)}: give `text:` and `instruction:`, or one of them")
         out[domain] = replace(prompt_of(out, domain), **p)
         need('{passage}' in out[domain].text, f"'{path}': the prompt of '{domain}' has no {{passage}}: put it where the text belongs")
     return out
@@ -184,8 +184,9 @@ def chat_url(
     base:str, # such as http://localhost:8000/v1
 ) -> str:
     "The address that chat requests go to."
-    u = urllib.parse.urlsplit(base)
-    need(u.scheme in ('http','https') and u.hostname, f"the address is {base.partition('?')[0]!r}: give one that begins with http:// or https://")
+    try: u = urllib.parse.urlsplit(base); good = u.scheme in ('http','https') and u.hostname and (u.port or 1)
+    except ValueError: good = False # brackets that do not close, a port that is no number
+    need(good, f"the address is {base.partition('?')[0]!r}: give one that begins with http:// or https://")
     need('@' not in u.netloc, f"the address of {u.hostname} holds a user or a password: leave it out, and put the key into OPENAI_API_KEY")
     path = u.path.rstrip('/').removesuffix('/chat/completions')
     return u._replace(path=f'{path}/chat/completions', fragment='').geturl()
@@ -275,7 +276,7 @@ def _says(self:Endpoint, raw):
     "What a server says in its complaint, short."
     text = raw.decode(errors='replace')
     try: e = json.loads(text); e = e.get('error', e); text = e if isinstance(e, str) else e.get('message') or text
-    except (ValueError, AttributeError): pass
+    except (ValueError, AttributeError, RecursionError): pass
     text = ' '.join(self._hide(str(text)).split())
     return text if len(text)<=200 else f'{text[:200]}...'
 
@@ -329,7 +330,7 @@ def _try(self:Endpoint, data, messages):
         return None, self._hide(_broken(e)), None
     if status==200:
         try: return self._reply(raw, messages), '', None
-        except (ValueError, LookupError, TypeError, AttributeError): return None, f'no chat completion, but: {self._says(raw)}', None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError): return None, f'no chat completion, but: {self._says(raw)}', None
     says = self._says(raw)
     later = status in (408,425,429) or status>=500
     if later and b'insufficient_quota' not in raw: return None, f'HTTP {status} ({says})', retry_after(headers.get('Retry-After'))
@@ -362,6 +363,11 @@ class Answer(NamedTuple):
     tokens_out:int
     again:int=0        # further answers that were needed
 
+def _whole(key, a):
+    "Is this what was written?"
+    queries = a.queries is None or isinstance(a.queries, list) and all(isinstance(q, str) for q in a.queries)
+    return isinstance(key, str) and queries and isinstance(a.fault, str) and all(type(n) is int and n>=0 for n in (a.tokens_in, a.tokens_out, a.again))
+
 class Answers:
     "Answers by the checksum of their request, in a file that outlives the process."
     def __init__(self,
@@ -383,7 +389,8 @@ class Answers:
 
     def _learn(self, line):
         try: r = json.loads(line); key,a = r.pop('key'), Answer(**r)
-        except (ValueError, TypeError, KeyError, AttributeError): return
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError): return
+        if not _whole(key, a): return
         self.spent.update(tokens_in=a.tokens_in, tokens_out=a.tokens_out)
         if key: self.found[key] = a
 
