@@ -38,9 +38,9 @@ CASES = {
     'average': Case('chroma_average', '--run base --last 2 --out {w}/averaged'),
     'encode': Case('chroma_encode', ENCODE),
     'encode, two ranks': Case('chroma_encode', ENCODE, ranks=2, weight=.5),
-    'plot': Case('chroma_plot', 'base --out {w}/curves.png', weight=.5),
+    'plot': Case('chroma_plot', 'base --out {w}/curves.png', weight=.25),
     'evaluate': Case('chroma_evaluate', '--model {w}/model --benchmark local:judged --baselines bm25 --out {w}/scores', before='base:model'),
-    'demo': Case('chroma_demo', '--minutes 0.1 --no_progress --out {w}/demo', weight=.25),
+    'demo': Case('chroma_demo', '--minutes 0.1 --no_progress --out {w}/demo', weight=.15),
 }
 SETTINGS = dict(model=dict(vocab_size=700, dim=64, layers=1, dropout=.1, moe=dict(noise=.1), pooling=dict(out_dim=64)),
                 tokenizer=dict(path='tokenizer', terms=False),

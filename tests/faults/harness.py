@@ -91,7 +91,7 @@ class Trial:
     def draw(self): return self.rng.random()
     def wait(self, r, share):
         "Wait until so much of the time of an undisturbed run is over; what runs then."
-        return r.running(self.lead+share*self.end.seconds)
+        return r.running(.7*self.lead+share*self.end.seconds)
 
     def note(self, r, moment, hit):
         "Look at what a run said and left; the injection, with what is wrong."
@@ -129,8 +129,8 @@ class Trial:
             share,r = self.draw(),self.start(self.resume()); left = self.wait(r, share)
             r.kill(number); r.running(60)
             i = self.note(r, share, left)
-            if number==signal.SIGTERM and not {*i.codes}<={0, -number, 128+number}: i.found.append(f'it ended with {i.codes}')
-            if not left: return
+            if left and number==signal.SIGTERM and not {*i.codes}<={0, -number, 128+number}: i.found.append(f'it ended with {i.codes}')
+            if not left or not any(i.codes): return                                      # it is complete
 
     def do_term(self): self.do_kill(signal.SIGTERM)
 
@@ -191,7 +191,7 @@ class Trial:
 
     def do_memory(self):
         "It may add no more than a share of the memory that it needs, then a larger share."
-        for share in sorted(self.draw()**2 for _ in range(2)):
+        for share in sorted(self.draw()**3 for _ in range(2)):
             if not any(self.refused(self.start(self.resume(), limits=dict(RLIMIT_AS=int(share*self.end.grown))), share).codes): break
 
     def do_clock(self):

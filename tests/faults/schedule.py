@@ -13,7 +13,7 @@ def mountable():
 FAULTS = { # how often each is drawn, and what it is
     'kill': (4, 'killed (SIGKILL)'), 'term': (2, 'asked to end (SIGTERM)'), 'disk': (1.5, 'disk full'), 'fsize': (1, 'no file may grow further'),
     'readonly': (.7, 'disk read-only'), 'blocked': (.3, 'a file in the way'), 'memory': (1, 'out of memory'), 'clock': (.7, 'clock jumps'),
-    'times': (.5, 'files of another time'), 'twice': (1.2, 'two at once'), 'rank': (3, 'one rank killed'), 'launch': (1, 'one rank killed, accelerate launch'),
+    'times': (.5, 'files of another time'), 'twice': (1.2, 'two at once'), 'rank': (3, 'one rank killed'), 'launch': (.6, 'one rank killed, accelerate launch'),
     'cut': (4, 'connections cut'), 'wandb': (.5, 'W&B out of reach'), 'hub': (.2, 'hub out of reach')}
 
 def applies(fault, name, mounts=True, clock=True):
