@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'make_norm', 'Block', 'writes_stream', 'init_weights', 'Chr
 
 # %% ../nbs/09_model.ipynb #d210cda9
 import hashlib, json, os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -194,7 +195,8 @@ def save_model(
         write_whole(folder/'config.json', json.dumps(about, indent=2)+'\n'); os.replace(new, folder/'model.safetensors')  # with the weights the model is there
     except (OSError, SafetensorError) as e:
         raise ChromaError(f"the model cannot be written to '{folder}' ({getattr(e, 'strerror', None) or e}): make room there, or give another place") from None
-    finally: new.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): new.unlink()
 
 # %% ../nbs/09_model.ipynb #71064efd
 def _read(folder, name):

@@ -12,7 +12,7 @@ from chroma_moe.curves import chroma_plot
 from chroma_moe.encoder import ChromaMoE
 from chroma_moe.indexing import Index, IndexWriter
 from chroma_moe.mining import Corpus
-from chroma_moe.model import ChromaModel
+from chroma_moe.model import ChromaModel, save_model
 from chroma_moe.tokenizer import ChromaTokenizer
 from chroma_moe.training import check_out
 
@@ -50,6 +50,8 @@ def test_no_room_for_a_model(chroma, tmp_path):
     for folder in ('m','new'):
         with no_larger(50_000), pytest.raises(ChromaError, match='cannot be written.*File too large.*make room there'): other.save_pretrained(tmp_path/folder)
     assert {n: (tmp_path/'m'/n).read_bytes() for n in names(tmp_path/'m')}==before and 'model.safetensors' not in names(tmp_path/'new')
+    (tmp_path/'file').write_text('x')
+    with pytest.raises(ChromaError, match='cannot be written.*Not a directory'): save_model(other.model, tmp_path/'file'/'m')
 
 def test_no_room_for_a_picture(tmp_path):
     run,out = tmp_path/'run',tmp_path/'c.png'; run.mkdir()
