@@ -699,7 +699,7 @@ def _underscores(argv):
 
 # %% ../nbs/00_config.ipynb #c2872703
 _ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}                                     # what the system says when there is none
-_PLACE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
+_PLACE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.EIO, errno.ESTALE}
 _MEMORY = re.compile('allocate memory|out of memory|not enough memory|start new thread|ThreadPoolBuildError', re.I) # as PyTorch, CUDA, Python and Rust say
 _GONE = re.compile('connection (closed|reset) by peer|connection was closed|broken pipe|store.*(closed|timeout)', re.I) # as gloo and NCCL word it
 

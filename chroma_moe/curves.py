@@ -22,7 +22,7 @@ def _numbers(row):
     if not isinstance(phase, str) or not isinstance(step, (int,float)): raise ValueError(f'its phase is {phase!r:.40} and its step {step!r:.40}')
     numbers = {k: float(v) for k,v in flat(row).items()} | dict.fromkeys(row.get('not_finite', ()), math.nan)
     if layers: numbers |= dict(entropy=float(load_entropy(np.array([l['load'] for l in layers])).mean()),
-                               max_share=max(max(l['load']) for l in layers), dead=sum(l['load'].count(0) for l in layers))
+                               max_share=float(max(max(l['load']) for l in layers)), dead=sum(l['load'].count(0) for l in layers))
     return phase, step, numbers
 
 def read_curves(
@@ -34,7 +34,7 @@ def read_curves(
     curves = {}
     for n,row in enumerate(metrics_rows(path), 1):
         try: phase,step,numbers = _numbers(row)
-        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+        except (TypeError, ValueError, OverflowError, LookupError, AttributeError, RecursionError) as e:
             raise ChromaError(f"'{path}', row {n} is not a row of figures ({type(e).__name__}: {e}): the file was damaged; take that line out") from None
         kept = curves.setdefault(phase, {})
         for k,v in numbers.items(): kept.setdefault(k, {})[step] = v

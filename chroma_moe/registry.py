@@ -129,7 +129,8 @@ def esci_product(r):
     return '\n'.join(label+t for label,k in parts if (t := plain(r.get(f'product_{k}'))))
 
 def esci_check(r):
-    if r['esci_label'] not in GRADES: return f"'esci_label' is {shown(r['esci_label'])}: it must be one of {', '.join(GRADES)}"
+    label = r['esci_label']
+    if not isinstance(label, str) or label not in GRADES: return f"'esci_label' is {shown(label)}: it must be one of {', '.join(GRADES)}"
     return text_fault('query', r['query'])
 
 def esci_keep(r, config):

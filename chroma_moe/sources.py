@@ -190,8 +190,8 @@ def _grouped(self:Reader):
     for r in self.records:
         raw = r[3] if not r[4] and not self._missing(r[3]) else None
         k = self.source.group(raw) if raw else key
-        if unit and k!=key: seen.add(hash(key)); yield unit; unit = []
-        if k!=key and hash(k) in seen: self._note('group in more than one place (sort the file by its key to join them)')
+        if unit and k!=key: seen.add(hash(str(key))); yield unit; unit = []
+        if k!=key and hash(str(k)) in seen: self._note('group in more than one place (sort the file by its key to join them)')
         key = k
         unit.append(r)
     if unit: yield unit

@@ -285,6 +285,7 @@ def _reply(self:Endpoint, raw, messages):
     "The answer in a good response; LookupError, TypeError or ValueError from any other."
     r = json.loads(raw); choice = r['choices'][0]; content = choice['message'].get('content')
     if isinstance(content, list): content = ''.join(p.get('text') or '' for p in content)
+    if not isinstance(content, str|None): raise TypeError(f'its content is {content!r:.40}')
     text,u,est = self._hide(content or ''), r.get('usage') or {}, self.tokens([m['content'] for m in messages])
     counted = all(type(u.get(k)) is int for k in ('prompt_tokens','completion_tokens'))
     with self.lock:

@@ -10,6 +10,7 @@ import hashlib, zlib
 from pathlib import Path
 import bm25s, numpy as np, snowballstemmer
 from .config import ChromaError, need
+from .files import parse_json
 from .indexing import nearest
 
 # %% ../nbs/20c_systems.ipynb #19742f62
@@ -153,7 +154,13 @@ def dense_run(
 def library_model(
     name:str, # folder, or name on the hub
 ) -> Dense:
-    "A model of sentence-transformers as a system."
+    "A model of sentence-transformers as a system; a folder that brings code of its own is refused."
+    modules = Path(name)/'modules.json'
+    if modules.is_file():                                            # the library would run what lies in a local folder
+        parts = parse_json(modules.read_bytes(), f"'{modules}'")
+        kinds = [str(m.get('type')) if isinstance(m, dict) else '' for m in parts] if isinstance(parts, list) else ['']
+        odd = next((k for k in kinds if not k.startswith('sentence_transformers.')), None)
+        need(odd is None, f"'{modules}' asks for the code '{odd}', which is not of sentence-transformers and would run here: load it yourself")
     try: from sentence_transformers import SentenceTransformer
     except ImportError: raise ChromaError(f"the baseline '{name}' needs a library: pip install sentence-transformers") from None
     import chroma_moe.hf                                             # noqa: F401, makes our own folders known to the library

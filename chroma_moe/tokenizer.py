@@ -46,7 +46,7 @@ def add_terms(
     wanted = dict.fromkeys(_spell(f) for t in terms for f in forms(t, lowercase))
     keep = min(len(learned), vocab_size)
     lacking = len(wanted.keys() - set(learned[:keep]))
-    while keep+lacking>vocab_size: keep -= 1; lacking += learned[keep] in wanted
+    while keep and keep+lacking>vocab_size: keep -= 1; lacking += learned[keep] in wanted
     need(4*lacking<=vocab_size, f'vocab_size is {vocab_size}: the {lacking} forms of terms that were not learned would take more than a '
          'quarter of it, give a larger vocabulary or tokenizer.terms=false')
     kept = dict.fromkeys(learned[:keep])

@@ -8,7 +8,12 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser): parser.addoption('--long', action='store_true', help='run the tests marked `long` too')
 
-def pytest_configure(config): config.addinivalue_line('markers', 'long: takes more than some seconds; runs with --long (make test-long)')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'long: takes more than some seconds; runs with --long (make test-long)')
+    from hypothesis import HealthCheck, settings
+    shared = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))     # a busy machine is no fault; a fixture holds files only
+    settings.register_profile('ci', derandomize=True, max_examples=25, **shared); settings.register_profile('long', max_examples=2000, **shared)
+    settings.load_profile('long' if config.getoption('--long') else 'ci')
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption('--long'): return
