@@ -54,7 +54,8 @@ def chroma_bag(
         p,held = load_pairs(c, tokenizer)
         log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
         if not resume: log.resume(0, 'bag')
-        bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size))
+        words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size), m.pooling.early, words)
         tune(c, bag, p, log, 'bag', progress, out, resume, held, ranks)
         if ranks.main:
             model = ChromaModel(m, c.tune.seed); start_from_bag(model, bag, silent=True)

@@ -162,6 +162,7 @@ class PoolingConfig:
     heads:int = 8              # heads of the attention between latents and tokens
     out_dim:int = 512          # width of the embedding
     log_counts:bool = False    # in a mean, does a token that occurs c times in a text count 1 + log c times?
+    early:float = 0.           # and does one that first occurs i tokens into its text count (1 + i/32)^-early as much? 0 for no
 
     def __post_init__(self):
         need(self.kind in POOLINGS, f"model.pooling.kind is '{self.kind}': give one of {', '.join(POOLINGS)}")
@@ -169,6 +170,9 @@ class PoolingConfig:
 
         need(not self.log_counts or self.latent or self.kind.startswith('mean'), f"model.pooling.log_counts is true and model.pooling.kind is '{self.kind}', "
              'which takes no mean: set model.pooling.kind=mean, or leave log_counts out')
+        need(0<=self.early<=2, f'model.pooling.early is {self.early}: give 0 (all places count alike) to 2')
+        need(self.log_counts or not self.early, f'model.pooling.early is {self.early} and model.pooling.log_counts is false: where a token first occurs is '
+             'counted by token, set model.pooling.log_counts=true, or model.pooling.early=0')
 
     @property
     def latent(self): return self.kind.startswith('latent')
@@ -495,7 +499,7 @@ PROFILES = dict(
         model = dict(vocab_size=20000, dim=768, layers=1, max_length=2048,
             attention = dict(heads=4, kv_rank=96, nope_dim=32, rope_dim=32, v_dim=64),
             moe = dict(experts=8, top_k=2, expert_dim=64, shared=1, shared_dim=384),
-            pooling = dict(kind='mean', out_dim=768, log_counts=True)),
+            pooling = dict(kind='mean', out_dim=768, log_counts=True, early=0.55)),
         optim = dict(weight_decay=0.01, betas=[0.9, 0.98], embedding=0.2),
         train = dict(precision='bf16', micro_tokens=8192),
         pretrain = dict(lr=1e-3, min_lr=1e-4, batch_tokens=16384),

@@ -26,13 +26,18 @@ def segment_mean(
 
 # %% ../nbs/07_pooling.ipynb #4f1c77a2
 def count_weights(
-    batch:Packed, # where texts lie, and which tokens count
+    batch:Packed,   # where texts lie, and which tokens count
+    early:float=0., # exponent of the place where a token first occurs
 ) -> Tensor: # (T,) float32
-    "(1 + log c)/c for a token that occurs c times in its text, 0 for prompts."
+    "(1 + log c)/c for a token that occurs c times in its text, times (1 + i/32)^-early if it first occurs at i; 0 for prompts."
     key,seen = batch.text_index*(int(batch.ids.max())+1) + batch.ids, batch.pooled
     _,which,count = key[seen].unique(return_inverse=True, return_counts=True)
-    c = count[which].float()
-    return torch.zeros(len(key), device=key.device).masked_scatter(seen, (1+c.log())/c)
+    c = count[which].float(); weights = (1+c.log())/c
+    if early:
+        place = (batch.positions - torch.tensor(batch.prompt, device=key.device)[batch.text_index])[seen]       # counted behind the prompt
+        first = torch.full_like(count, len(key)).scatter_reduce(0, which, place, 'amin')
+        weights = weights*(1+first[which]/32)**-early
+    return torch.zeros(len(key), device=key.device).masked_scatter(seen, weights)
 
 # %% ../nbs/07_pooling.ipynb #2be3973e
 def segment_max(
@@ -71,7 +76,7 @@ class LatentPooling(nn.Module):
     def __init__(self, m:ModelConfig):
         super().__init__()
         p,D = m.pooling,m.dim
-        self.kind,self.heads,self.log_counts = p.kind,p.heads,p.log_counts
+        self.kind,self.heads,self.log_counts,self.early = p.kind,p.heads,p.log_counts,p.early
         if p.kind in ('latent_nv','latent_query'):
             self.latents = nn.Parameter(torch.empty(p.latents, D))
             self.norm_h,self.norm_l,self.norm_m = (nn.RMSNorm(D, m.norm_eps) for _ in range(3))
@@ -101,8 +106,8 @@ class LatentPooling(nn.Module):
     def last(self, h, batch): return h[batch.cu_seqlens[1:].long()-1]
 
     def average(self, h:Tensor, batch:Packed) -> Tensor: # (T, D) -> (B, D)
-        "The mean of each text, its words counted as `log_counts` says."
-        return segment_mean(h, batch, count_weights(batch) if self.log_counts else None)
+        "The mean of each text, its words counted as `log_counts` and `early` say."
+        return segment_mean(h, batch, count_weights(batch, self.early) if self.log_counts else None)
 
     def attend(self, h:Tensor) -> Tensor: # (T, D) -> (T, D)
         "What each token finds among the latents."

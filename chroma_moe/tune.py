@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['per_source', 'classes', 'Pairs', 'tokenise_pairs', 'make_batch', 'how_often', 'PairBatches', 'HeldOut', 'tune',
-           'take_best', 'TokenBag', 'start_from_bag', 'load_pairs', 'chroma_tune']
+           'take_best', 'letter_groups', 'TokenBag', 'start_from_bag', 'load_pairs', 'chroma_tune']
 
 # %% ../nbs/20_tune.ipynb #f274ecbe
 import math
@@ -266,6 +266,17 @@ def take_best(run:Trainer):
     run.ranks.add(tensors)
 
 # %% ../nbs/20_tune.ipynb #f51895a0
+def letter_groups(
+    words:list,       # how each token is spelled
+    sizes=(3,4,5),    # letters in a row
+) -> tuple: # a list of group numbers for each token, how many groups
+    "The letter groups of each token, `<` and `>` at its ends, as far as another token has them too."
+    spelled = [f'<{w.strip()}>' for w in words]
+    found = [[s[i:i+n] for n in sizes for i in range(len(s)-n+1)] for s in spelled]
+    seen = Counter(g for groups in found for g in set(groups))
+    number = {g: i for i,g in enumerate(g for g,k in seen.items() if k>1)}
+    return [[number[g] for g in groups if g in number] for groups in found], len(number)
+
 class TokenBag(nn.Module):
     "The mean of token embeddings; with `importance`, each times what the token is worth, and repeated tokens on a log scale."
     def __init__(self,
@@ -273,22 +284,40 @@ class TokenBag(nn.Module):
         dim:int,
         seed:int=0,
         importance:Tensor|None=None, # (V,) positive, what each token is worth to begin with; it is learned
+        early:float=0.,              # do tokens that come later count less? see `count_weights`
+        words:list|None=None,        # how each token is spelled, to share what is learned among tokens that look alike
     ):
         super().__init__()
-        self.embedding,self.embed_dim = nn.Embedding(vocab_size, dim),dim
-        nn.init.normal_(self.embedding.weight, generator=torch.Generator().manual_seed(seed))
+        self.embedding,self.embed_dim,self.early = nn.Embedding(vocab_size, dim),dim,early
+        g = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.embedding.weight, std=1. if words is None else .5, generator=g)
         self.log_importance = None if importance is None else nn.Parameter(importance.log())
+        self.letters = None
+        if words is None: return
+        groups,n = letter_groups(words)
+        groups += [[]]*(vocab_size-len(groups))
+        lengths = torch.tensor([len(l) for l in groups])
+        self.letters = nn.Embedding(n, dim); nn.init.normal_(self.letters.weight, generator=g)
+        self.register_buffer('group', torch.tensor([i for l in groups for i in l]), persistent=False)
+        self.register_buffer('start', lengths.cumsum(0)-lengths, persistent=False)
+        self.register_buffer('share', (1/lengths.sqrt()).repeat_interleave(lengths), persistent=False)
+
+    @property
+    def table(self) -> Tensor: # (V, dim)
+        "A vector a token, its letters' part in it."
+        own = self.embedding.weight
+        return own if self.letters is None else own + F.embedding_bag(self.group, self.letters.weight, self.start, mode='sum', per_sample_weights=self.share)
 
     @property
     def vectors(self) -> Tensor: # (V, dim)
         "What each token brings to the sum."
-        return self.embedding.weight if self.log_importance is None else self.embedding.weight*self.log_importance.exp()[:,None]
+        return self.table if self.log_importance is None else self.table*self.log_importance.exp()[:,None]
 
     def embed(self, batch:Packed) -> tuple: # -> (B, dim) unit vectors, no routing
         "A vector for each text."
-        if self.log_importance is None: return batch.restore(F.normalize(segment_mean(self.embedding(batch.ids), batch), dim=-1)), None
-        worth = count_weights(batch)*self.log_importance[batch.ids].exp()
-        total = F.embedding_bag(batch.ids, self.embedding.weight, batch.cu_seqlens[:-1].long(), mode='sum', per_sample_weights=worth)
+        if self.log_importance is None: return batch.restore(F.normalize(segment_mean(F.embedding(batch.ids, self.table), batch), dim=-1)), None
+        worth = count_weights(batch, self.early)*self.log_importance[batch.ids].exp()
+        total = F.embedding_bag(batch.ids, self.table, batch.cu_seqlens[:-1].long(), mode='sum', per_sample_weights=worth)
         return batch.restore(F.normalize(total, dim=-1)), None
 
 # %% ../nbs/20_tune.ipynb #d0263bbe
@@ -303,6 +332,7 @@ def start_from_bag(
     weighted = bag.log_importance is not None
     need(m.pooling.log_counts==weighted, f'model.pooling.log_counts is {m.pooling.log_counts}, and the bag counts words '
          f'{"on a log scale" if weighted else "as they come"}: set model.pooling.log_counts={str(weighted).lower()}')
+    need(m.pooling.early==bag.early, f'model.pooling.early is {m.pooling.early} and that of the bag is {bag.early}: set model.pooling.early={bag.early}')
     need(m.pooling.out_dim==m.dim==bag.embed_dim, f'the bag has width {bag.embed_dim}, the model {m.dim} and its output {m.pooling.out_dim}: '
          'they must be equal')
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
