@@ -12,7 +12,7 @@ from pathlib import Path
 from chroma_moe.config import load_config
 from chroma_moe.encoder import ChromaMoE
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))         # so that commands say the same on every machine
 STAGES = ('data', 'tokenizer', 'own', 'bag', 'mined', 'tuned', 'model', 'evaluate')
 
 def stage(name, done, command, log):
@@ -45,26 +45,24 @@ def main():
     parser.add_argument('--length', type=int, default=1024, help='tokens of a text that the final model reads')
     a = parser.parse_args(); out = a.out; out.mkdir(parents=True, exist_ok=True)
     data,log = out/'data',out
-    def module(name, *more, sets=()):                      # a command of the package with the recipe's settings
+    def module(name, *more, sets=(), config=a.config):      # a command of the package with the recipe's settings
         every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', f'data.valid_pairs={data}/valid.jsonl', *sets, *a.set]
-        return ['-m', f'chroma_moe.{name}', '--config', a.config, *(x for s in every for x in ('--set', s)), *map(str, more)]
-    def tuned(name, folder, files, start=None, steps=None, more=()):
-        steps = steps or load_config(a.config).tune.steps
-        sets = [f'tune.steps={max(2, round(steps*a.steps))}', f'data.pairs=[{",".join(map(str, files))}]', *more]
+        return ['-m', f'chroma_moe.{name}', '--config', config, *(x for s in every for x in ('--set', s)), *map(str, more)]
+    def tuned(name, folder, files, start=None, config=a.config):
+        steps = load_config(config).tune.steps
+        sets = [f'tune.steps={max(2, round(steps*a.steps))}', f'data.pairs=[{",".join(map(str, files))}]']
         begin = ['--pretrained', start] if start else []
         resume = ['--resume'] if (folder/'checkpoints').exists() else []
-        stage(folder.name, folder/'model.safetensors', module(name, *begin, '--out', folder, '--no_progress', *resume, sets=sets), log)
+        stage(folder.name, folder/'model.safetensors', module(name, *begin, '--out', folder, '--no_progress', *resume, sets=sets, config=config), log)
 
     flags = [f'--{k}' for k in ('strict','licensed') if getattr(a, k)] + [x for w in a.without for x in ('--without', w)]
-    bag = ['tune.lr=0.06', 'tune.min_lr=0.002', 'optim.eps=4e-6', 'optim.embedding=1', 'tune.batch_pairs=1024', 'tune.batch_tokens=0',
-           'train.micro_tokens=0', 'train.precision=fp32', 'data.max_length=1024']
     own,mined = out/'own.jsonl',out/'mined.jsonl'
     work = dict(
         data=lambda: stage('data', data/'pairs.jsonl', [HERE/'prepare.py', '--data', a.data, '--out', data, *flags], log),
         tokenizer=lambda: stage('tokenizer', out/'tokenizer', module('tokenizer', '--source', data/'texts.jsonl', '--out', out/'tokenizer',
                                                                      '--no_progress'), log),
         own=lambda: stage('own', own, module('crops', '--source', data/'texts.jsonl', '--out', own), log),
-        bag=lambda: tuned('bag', out/'bag', [data/'pairs.jsonl', own], steps=500, more=bag),
+        bag=lambda: tuned('bag', out/'bag', [data/'pairs.jsonl', own], config=HERE/'bag.yaml'),
         mined=lambda: stage('mined', mined, module('mining', '--source', data/'pairs.jsonl', '--retriever', 'dense', '--model', out/'bag', '--out', mined,
                                                    '--negatives', 2, '--last', 30, '--pick', 'random', '--relative', 0.97, '--no_keep', '--no_progress'), log),
         tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'bag'),
