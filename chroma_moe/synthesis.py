@@ -287,7 +287,7 @@ def _reply(self:Endpoint, raw, messages):
     if isinstance(content, list): content = ''.join(p.get('text') or '' for p in content)
     if not isinstance(content, str|None): raise TypeError(f'its content is {content!r:.40}')
     text,u,est = self._hide(content or ''), r.get('usage') or {}, self.tokens([m['content'] for m in messages])
-    counted = all(type(u.get(k)) is int for k in ('prompt_tokens','completion_tokens'))
+    counted = all(type(u.get(k)) is int and 0<=u[k]<2**40 for k in ('prompt_tokens','completion_tokens'))
     with self.lock:
         self.uncounted += not counted
         if counted: self.measured = [self.measured[0]+est, self.measured[1]+u['prompt_tokens']]

@@ -254,8 +254,8 @@ def main():
         for (kind,at),cases in sorted(kinds.items(),
             key=lambda x: -len(x[1]))[:40]: print(f'    {len(cases)} x {kind} at {at}: case {cases[0][0]}, {cases[0][1]}: {cases[0][2]!r}')
         if a.write:
-            out = Path(a.write); held = json.loads(out.read_text()) if out.exists() else {}
-            out.write_text(json.dumps(held|{name: c|dict(seed=a.seed)}, indent=1)+'\n')
+            out = Path(a.write); held = json.loads(out.read_text()) if out.exists() else dict(figures={}, mended={})
+            held['figures'][name] = c|dict(seed=a.seed); out.write_text(json.dumps(held, indent=1)+'\n')
     sys.exit(bad>0)
 
 # what is read ---------------------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def read_config(folder):
     again.write_text(to_yaml(c), encoding='utf-8')
     assert load_config(again)==c, 'what is written is not what was read'
     return to_dict(c)
-TARGETS['config'] = Target(make_config, read_config, cases=60)
+TARGETS['config'] = Target(make_config, read_config, cases=40)
 
 for name,files in dict(sizes='config.json', weights='model.safetensors', tokenizer='tokenizer.json', settings='encoder.json',
     card='about.json README.md').items():
@@ -360,7 +360,7 @@ _TOKENIZER = []
 def small_tokenizer():
     if not _TOKENIZER: _TOKENIZER.append(small_model().tokenizer)
     return _TOKENIZER[0]
-TARGETS['unfinished build'] = Target(make_log, read_log, '*.jsonl *.tokens *.index *.json', ('*',), writes=True)
+TARGETS['unfinished build'] = Target(make_log, read_log, '*.jsonl *.tokens *.index *.json', ('*',), writes=True, cases=60)
 
 STATE = dict(model={'a.weight': torch.arange(12.).reshape(3, 4), 'b': torch.ones(2, dtype=torch.bfloat16)}, optim=dict(step=3,
     groups=[dict(lr=.1, on=True)], m=(torch.zeros(3), None)),
@@ -630,12 +630,5 @@ def mine(folder):
     finally: os.chdir(here)
 def read_mining(folder): mine(folder); return (folder/'out.jsonl').read_bytes()
 TARGETS['unfinished mining'] = Target(make_mining, read_mining, 'settings.json log.jsonl rows', writes=True)
-
-def make_ranks(folder):
-    from base64 import b64encode
-    (folder/'r50k_base.tiktoken').write_bytes(b''.join(b64encode(bytes([i]))+b' %d\n' % i for i in range(256)))
-def read_ranks(folder):
-    from chroma_moe.tokenizer import ChromaTokenizer
-    return ChromaTokenizer.from_tiktoken('r50k_base', str(folder/'r50k_base.tiktoken')).encode(ASKED)
 
 if __name__=='__main__': main()

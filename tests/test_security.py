@@ -234,15 +234,14 @@ def test_secrets(tmp_path):
     make_model(tmp_path); (tmp_path/'t.jsonl').write_text('{"text": "red wool socks for cold days"}\n')
     server = ThreadingHTTPServer(('127.0.0.1', 0), Rude); threading.Thread(target=server.serve_forever, daemon=True).start(); port = server.server_port
     args = ('--source', 't.jsonl', '--model', 'm', '--retries', 0, '--timeout', 5, '--no_progress', '--report', 'report.json')
-    for server.status in (401, 500):
-        p = run(tmp_path, 'synthesis', *args, '--url', f'http://127.0.0.1:{port}/v1'); assert p.returncode, p.stderr
-        if server.status==401: assert 'HTTP 401 (wrong: Bearer ***' in p.stderr, p.stderr
+    server.status = 401; p = run(tmp_path, 'synthesis', *args, '--url', f'http://127.0.0.1:{port}/v1')
+    assert p.returncode and 'HTTP 401 (wrong: Bearer ***' in p.stderr, p.stderr
     p = run(tmp_path, 'synthesis', *args, '--url', f'http://someone:pw-planted-4@127.0.0.1:{port}/v1'); assert 'holds a user or a password' in p.stderr
     server.shutdown(); server.server_close()
     p = run(tmp_path, 'searching', '--model', 'nobody/nothing', '--input', 't.jsonl', '--query', 'red'); assert 'cannot be' in p.stderr
     run(tmp_path, 'encode', '--model', '.', '--input', 't.jsonl', '--output', 'index', '--no_progress')
     assert not held(tmp_path), held(tmp_path)
-    print(f'{len(TOLD)} planted secrets, five commands: in no output and no file')
+    print(f'{len(TOLD)} planted secrets, four commands: in no output and no file')
 
 @pytest.mark.long
 def test_secrets_of_training(tmp_path):
