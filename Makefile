@@ -8,17 +8,10 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-<<<<<<< HEAD
-.PHONY: help install demo test test-notebooks test-python test-long faults docs notebook bench clean
+.PHONY: help install demo test test-notebooks test-python test-long faults fuzz docs notebook bench soak clean
 
 # two processes share the cores in tests, and a benchmark wants one thread on a busy machine; no test opens a window
-test-notebooks test-python test-long faults bench: export OMP_NUM_THREADS ?= 1
-=======
-.PHONY: help install demo test test-notebooks test-python test-long fuzz docs notebook bench clean
-
-# two processes share the cores in tests, and a benchmark wants one thread on a busy machine; no test opens a window
-test-notebooks test-python test-long fuzz bench: export OMP_NUM_THREADS ?= 1
->>>>>>> c0c2b19 (Hostile files: a right answer or one sentence, with a fuzz harness; slow clients make room)
+test-notebooks test-python test-long faults fuzz bench: export OMP_NUM_THREADS ?= 1
 test-notebooks test-python test-long: export MPLBACKEND ?= agg
 
 help:  ## say what there is
@@ -56,15 +49,13 @@ test-long: $(STAMP)  ## run the slow cells and tests too, and the GPU ones where
 	$(BIN)/nbdev_test --n_workers 2 --do_print --flags "$$flags"
 	@$(BIN)/python -m pytest --long $(ARGS)
 
-<<<<<<< HEAD
 faults: $(STAMP)  ## kill, starve and cut off the commands at random, and see whether they go on (ARGS="--minutes 20"); runs add up in runs/faults
 	@echo "Running python -m tests.faults $(ARGS)"
 	@$(BIN)/python -m tests.faults $(ARGS)
-=======
+
 fuzz: $(STAMP)  ## damage every kind of file that is read, 10,000 times each, and see: tests/fuzz.py (ARGS="--target store")
 	@echo "Damaging files: tests/fuzz.py"
 	@PYTHONPATH=. $(BIN)/python tests/fuzz.py --cases 10000 $(ARGS)
->>>>>>> c0c2b19 (Hostile files: a right answer or one sentence, with a fuzz harness; slow clients make room)
 
 docs: $(STAMP)  ## build the doc site in _docs/, offline; warnings are errors: nbs/_site/prep.py, sphinx-build
 	@echo "Building the site from the notebooks"
@@ -79,6 +70,10 @@ notebook: $(STAMP)  ## open the book in JupyterLab
 bench: $(STAMP)  ## measure ours against peers and limits, write benchmarks/results.json
 	@echo "Running every benchmarks/bench_*.py"
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+soak: $(STAMP)  ## serve, encode and train for 40 minutes, and see whether anything grows: benchmarks/soak.json
+	@echo "Running benchmarks/soak.py $(ARGS)"
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:  ## remove what builds and tests made (not .venv, not runs/)
 	@echo "Removing the built site and caches"

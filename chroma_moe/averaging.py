@@ -8,7 +8,7 @@ __all__ = ['average', 'last_checkpoints', 'average_models', 'chroma_average']
 # %% ../nbs/20a_averaging.ipynb #c8161ed7
 from pathlib import Path
 
-from .config import cli, need
+from .config import checked, cli, need
 from .checkpoints import Checkpoints
 from .card import add_phase, command_line
 from .encoder import ChromaMoE
@@ -16,6 +16,7 @@ from .parallel import Ranks
 from .training import run_folder
 
 # %% ../nbs/20a_averaging.ipynb #9d62f2ee
+@checked
 def average(
     states:list[dict], # name -> tensor, of models with one shape
 ) -> dict:
@@ -27,8 +28,9 @@ def average(
     return {k: (sum(s[k].double() for s in states)/len(states)).to(v.dtype) for k,v in states[0].items()}
 
 # %% ../nbs/20a_averaging.ipynb #050acb47
+@checked(n=1)
 def last_checkpoints(
-    run,      # folder of a run
+    run:str|Path, # folder of a run
     n:int,    # how many
 ) -> list[dict]: # weights, oldest first
     "The weights of the newest checkpoints of a run; each is verified."
@@ -40,6 +42,7 @@ def last_checkpoints(
          'ask for fewer')
     return [s['model'] for s in states]
 
+@checked
 def average_models(
     folders:list,      # of models, trained from one start
 ) -> ChromaMoE:
@@ -55,6 +58,7 @@ def average_models(
     return first
 
 @cli
+@checked(last=1)
 def chroma_average(
     out:str='runs/averaged',# folder for the new model
     model:list[str]=(),     # folder of a model; give several, trained from one start

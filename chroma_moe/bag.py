@@ -9,7 +9,7 @@ __all__ = ['token_importance', 'chroma_bag']
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from .config import cli, load_config, need, to_yaml
+from .config import cli, load_config, need, to_yaml, checked
 from .files import write_whole
 from .model import ChromaModel
 from .card import add_phase, command_line, seen_in, settings_of
@@ -21,6 +21,7 @@ from .pretrain import load_tokenizer
 from .tune import TokenBag, load_pairs, start_from_bag, tune
 
 # %% ../nbs/20d_bag.ipynb #a12cdd82
+@checked(vocab_size=1)
 def token_importance(
     lists:list,      # token ids of documents
     vocab_size:int,  # V
@@ -34,6 +35,7 @@ def token_importance(
 
 # %% ../nbs/20d_bag.ipynb #e6803467
 @cli
+@checked
 def chroma_bag(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic

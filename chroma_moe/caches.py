@@ -6,9 +6,10 @@
 __all__ = ['cache_width', 'cache_bytes']
 
 # %% ../nbs/22d_caches.ipynb #71427480
-from .config import ModelConfig
+from .config import ModelConfig, checked
 
 # %% ../nbs/22d_caches.ipynb #f9816b2b
+@checked
 def cache_width(
     m:ModelConfig, # kind and widths of attention
 ) -> int: # numbers
@@ -16,6 +17,7 @@ def cache_width(
     a = m.attention
     return a.kv_rank+a.rope_dim if a.kind=='mla' else 2*a.groups*a.width
 
+@checked(number=1)
 def cache_bytes(
     m:ModelConfig, # kind and widths of attention, and layers
     number:int=2, # bytes of a number: 2 in bfloat16, 4 in float32

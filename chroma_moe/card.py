@@ -10,7 +10,7 @@ __all__ = ['EMPTY', 'OWN', 'TASKS', 'TAGS', 'check_about', 'settings_of', 'comma
 import hashlib, json, re, shlex, warnings
 from pathlib import Path
 import yaml
-from .config import ChromaError, Config, ModelConfig, count_params, need, read_yaml, to_dict
+from .config import ChromaError, Config, ModelConfig, count_params, need, read_yaml, to_dict, checked
 from .files import alone, json_of, write_whole
 from .sources import parse_source
 from .mixing import parse_weight
@@ -19,6 +19,7 @@ from .model import read_model_config
 # %% ../nbs/09c_card.ipynb #ed58f76b
 EMPTY = dict(training=[], scores=[])
 
+@checked
 def check_about(
     about:dict|None, # None is an empty one
     name:str='about',# for messages
@@ -36,6 +37,7 @@ def check_about(
     return about
 
 # %% ../nbs/09c_card.ipynb #07f00a50
+@checked(section=('pretrain','tune'))
 def settings_of(
     c:Config,
     section:str, # pretrain or tune
@@ -45,8 +47,9 @@ def settings_of(
     more = dict(data=('size','strategy','seed','max_length'), optim=('name','weight_decay','clip'), train=('precision','seed'))
     return {f'{section}.{k}': v for k,v in d[section].items()} | {f'{s}.{k}': d[s][k] for s,keys in more.items() for k in keys}
 
+@checked
 def command_line(
-    name,    # of a command
+    name:str, # of a command
     **given, # its arguments; those that are None, False or empty are left out
 ) -> str:
     "A command as it is typed."
@@ -55,6 +58,7 @@ def command_line(
         for x in v if isinstance(v, (list,tuple)) else [v]*(v not in (None, False, '')): words += [f'--{k}'] + [str(x)]*(x is not True)
     return shlex.join(words)
 
+@checked
 def seen_in(
     rows:list[dict], # of a run's log
     phase:str,       # pretrain or tune
@@ -63,6 +67,7 @@ def seen_in(
     last = next((r for r in reversed(rows) if r['phase']==phase and 'tokens' in r), None)
     return dict(steps=last['step'], tokens=last['tokens']) if last else {}
 
+@checked
 def add_phase(
     about:dict|None, # of the model that the phase began with
     phase:str,       # pre-training, tuning, averaging, ...
@@ -95,6 +100,7 @@ def _block(commands):
     fence = '`'*max(3, 1+max((len(t) for t in re.findall('`+', ' '.join(lines))), default=0))
     return [f'{fence}bash', *lines, fence]
 
+@checked
 def card_name(
     about:dict,
     m:ModelConfig,
@@ -194,6 +200,7 @@ def _known(about): return bool(about['training']) and all(r.get('data') for r in
 def _generated(spec): s,_,path = parse_source(parse_weight(spec)[0]); return s is not None and not s.id and not path
 def _built_in(about): return _known(about) and all(map(_generated, _all_data(about)))
 
+@checked
 def languages(
     about:dict,
 ) -> list: # codes; [] is unknown
@@ -234,6 +241,7 @@ def _model_index(about, name):
         results.append(dict(task=dict(type=TASKS.get(kind, kind)), dataset=dict(type=f'{benchmark}/{task}', name=f'{benchmark} {task}'), metrics=metrics))
     return [dict(name=name, results=results)] if results else None
 
+@checked(max_length=1)
 def front_matter(
     about:dict,
     m:ModelConfig,
@@ -253,6 +261,7 @@ def front_matter(
     kept = {k: v for k,v in old.items() if k not in last and k not in stale}
     return {k: v for k,v in (kept | {k: v for k,v in ours.items() if v} | last).items() if v is not None}
 
+@checked(max_length=1)
 def card_body(
     about:dict,
     m:ModelConfig,
@@ -281,6 +290,7 @@ def _front(text):
     except ChromaError: front = None
     return (front, text[found.end():]) if isinstance(front, dict) else ({}, text)
 
+@checked
 def take_apart(
     text:str, # a README.md
 ) -> tuple: # front matter, what a person wrote below the line, was anything above it changed?
@@ -297,8 +307,9 @@ def _set_aside(path, text):
     warnings.warn(f"'{path}' was changed above the line where changes are lost: it is kept as {spare.name}; write below the line", stacklevel=3)
 
 # %% ../nbs/09c_card.ipynb #030dabb3
+@checked(max_length=1)
 def write_card(
-    folder,             # of the model; made if missing
+    folder:str|Path,    # of the model; made if missing
     about:dict|None,    # records of training, and scores
     m:ModelConfig,      # sizes
     max_length:int=512, # tokens of a text before it is cut
@@ -327,15 +338,17 @@ def _stored(folder):
         return check_about(front.get('chroma_moe'), f"'{card}': chroma_moe")
     return check_about(json_of(p, 'mend it, or delete it, and with it the records'), f"'{p}'")
 
+@checked
 def read_about(
-    folder, # of a saved model
+    folder:str|Path, # of a saved model
 ) -> dict: # empty lists where nothing is recorded
     "What a model's folder says about its training and scores."
     return {k: v for k,v in _stored(folder).items() if k!='card'}
 
 # %% ../nbs/09c_card.ipynb #e90f50fd
+@checked
 def add_scores(
-    folder,          # of a saved model
+    folder:str|Path, # of a saved model
     rows:list[dict], # benchmark, task, metric, system, value; perhaps kind, low, high, items, note, command, leaks
     system:str|None=None, # what the rows call this model; None: they are all of it
     command:str='',  # that gives the rows, where they do not say

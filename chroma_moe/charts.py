@@ -11,6 +11,7 @@ __all__ = ['NOT_XML', 'PALETTE', 'CSS', 'W', 'LETTER', 'STRONGEST', 'SHAPES', 'P
 import html, math, os, re
 from pathlib import Path
 from statistics import median
+from .config import ABOVE_0, checked
 from .files import write_whole
 
 # %% ../nbs/20b_charts.ipynb #01f2345a
@@ -134,6 +135,7 @@ def number(
     "`value` for a reader; a dash where there is none."
     return '–' if finite(value) is None else f'{float(value):,.{digits}f}'
 
+@checked(count=1, low=None, high=None)
 def ticks(
     low:float,   # least value
     high:float,  # largest value
@@ -152,6 +154,7 @@ def _scale(low, high, start, end):
     return lambda v: start + (end-start)*((v-low)/(high-low) if high>low else 0.5)
 
 # %% ../nbs/20b_charts.ipynb #2137759a
+@checked(top=None, bottom=None)
 def place_labels(
     labels:list,  # (x, y, text): left end and wanted height of each
     top:float,    # nothing above
@@ -167,6 +170,7 @@ def place_labels(
         done.append((x, next(free, y), w))
     return [y for _,y,_ in done]
 
+@checked(height=ABOVE_0)
 def svg(
     title:str,    # shown above the chart, and read aloud
     height:float, # in units of the chart
@@ -183,6 +187,7 @@ def _line(x1, y1, x2, y2, kind='grid') -> Markup:
     "A straight line."
     return tag('line', x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
 
+@checked
 def nothing(title:str) -> Markup:
     "What stands in the place of a chart without data."
     return tag('p', f'{title}: nothing was recorded.', class_='empty')
@@ -202,6 +207,7 @@ def _thin(
     if k<=1: return points
     return [tuple(mean(v) for v in zip(*points[i:i+k])) for i in range(0, len(points), k)]
 
+@checked
 def smooth(
     values:list, # numbers or None
     half:int,    # w, neighbours to either side
@@ -218,6 +224,7 @@ def _trace(points:list) -> str: # pairs in units of the chart
         down = y is not None
     return d
 
+@checked(height=ABOVE_0)
 def line_chart(
     series:dict,       # name -> list of (x, y); None or NaN leaves a gap
     title:str,         # what is shown
@@ -250,6 +257,7 @@ def line_chart(
     return svg(title, height, *out, *(_text(names[k], right+8, y, f'colored {color[k]}') for k,y in zip(series, heights)))
 
 # %% ../nbs/20b_charts.ipynb #6cd2f562
+@checked
 def bar_chart(
     groups:dict,       # group -> {name: value}; a missing value has no bar
     title:str,         # what is shown
@@ -283,8 +291,9 @@ def bar_chart(
 # %% ../nbs/20b_charts.ipynb #66706734
 STRONGEST = 0.55 # opacity of the largest share: numbers in a cell stay legible
 
+@checked
 def heat_map(
-    rows:list,         # rows of shares between 0 and 1; None is an empty cell
+    rows:list|None,    # rows of shares between 0 and 1; None is an empty cell
     title:str,         # what is shown
     row_name:str='layer',
     column_name:str='expert',
@@ -311,8 +320,9 @@ def heat_map(
 SHAPES = ( # circle, square, triangle
     'm-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0', 'm-3.2-3.2h6.4v6.4h-6.4z', 'm0-4.3l4 7.3h-8z')
 
+@checked(height=ABOVE_0)
 def scatter(
-    points:list,      # dicts with x, y, label and text
+    points:list|None, # dicts with x, y, label and text
     title:str,        # what is shown
     x_label:str='first direction of the map, no unit',
     y_label:str='second direction, no unit',
@@ -335,6 +345,7 @@ def scatter(
     frame = tag('rect', x=0.5, y=42.5, width=W-1, height=height-63, rx=6, fill='none', class_='grid')
     return svg(title, height, frame, _text(y_label, 0, 34), *out, _text(x_label, W/2, height-4, anchor='middle'))
 
+@checked(most=1)
 def shorten(
     words:str,    # any text
     most:int=150, # characters
@@ -344,6 +355,7 @@ def shorten(
     return words if len(words)<=most else words[:most-1].rsplit(' ', 1)[0] + '…'
 
 # %% ../nbs/20b_charts.ipynb #434ec009
+@checked
 def table(
     head:list,      # names of the columns
     rows:list,      # rows of texts, numbers or `Markup`; the first is the name of the row
@@ -361,6 +373,7 @@ def table(
     return tag('div', tag('table', top, tag('tbody', *body)), class_='scroll', tabindex=0, role='region', aria_label=caption)
 
 # %% ../nbs/20b_charts.ipynb #0f2bf696
+@checked
 def figure(
     chart:Markup, # of one of the functions above
     reading:str,  # how to read it
@@ -368,6 +381,7 @@ def figure(
     "A chart and how to read it."
     return tag('figure', chart, tag('figcaption', reading) if chart.startswith('<svg') else '')
 
+@checked
 def section(
     title:str, # its heading
     *inside,   # texts or `Markup`
@@ -375,6 +389,7 @@ def section(
     "One part of the page."
     return tag('section', tag('h2', title), *inside)
 
+@checked
 def side_by_side(
     parts,    # charts or cards
     name:str, # of what is missing, if there are none
@@ -391,6 +406,7 @@ PAGE = '''<!DOCTYPE html>
 <body class="chroma">{body}</body></html>
 '''
 
+@checked
 def write_page(
     path:str|os.PathLike, # where the page goes
     title:str,            # of the window

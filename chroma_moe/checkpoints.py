@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from .config import ChromaError, need
+from .config import ChromaError, need, checked
 
 # %% ../nbs/14d_checkpoints.ipynb #3f2fbad6
 _FORMAT = 1   # of the folder; another number is refused
@@ -115,6 +115,7 @@ def _fault(f, size, sha256):
     except OSError as e: return f'{f} cannot be read ({e.strerror})'
     if found!=sha256: return f'{f} has changed: its SHA-256 is another'
 
+@checked
 def verify_checkpoint(
     path:str|Path, # folder of one checkpoint
 ) -> list: # sentences, each naming a file; empty for a sound checkpoint
@@ -155,8 +156,9 @@ def _tidy(folder):
 # %% ../nbs/14d_checkpoints.ipynb #2df09a7e
 class Checkpoints:
     "The checkpoints of one run, in one folder; only one process of the run may save."
+    @checked(keep=1)
     def __init__(self,
-        folder:str|Path,       # made by the first `save`
+        folder:str|Path, # made by the first `save`
         keep:int=2,            # newest ones that stay, beside the best
         background:bool=False, # write while training goes on?
     ):
@@ -200,6 +202,7 @@ def newest(self:Checkpoints) -> Path|None:
     return p
 
 @patch
+@checked
 def load(self:Checkpoints,
     path:str|Path, # folder of one checkpoint
 ) -> dict: # the state as it was saved, with tensors on the CPU
@@ -216,10 +219,11 @@ def load(self:Checkpoints,
 
 # %% ../nbs/14d_checkpoints.ipynb #cdd24275
 @patch
+@checked
 def save(self:Checkpoints,
     step:int,         # number of the training step
     state:dict,       # tree of tensors and plain values; each top-level name that holds tensors gets a file
-    score:float=None, # validation loss, if it was measured here
+    score=None,       # validation loss, if it was measured here
 ):
     "Write one checkpoint, then remove those that need not stay."
     self.wait()

@@ -10,7 +10,7 @@ import itertools, json, re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 import numpy as np
-from .config import cli, load_config, need
+from .config import checked, cli, load_config, need
 from .files import write_whole
 from .mixing import texts
 
@@ -21,6 +21,7 @@ def split(text:str) -> list[str]:
     "The words of a text as a searcher would type them; 1,234.5 and x-ray are one each."
     return WORD.findall(text.lower())
 
+@checked(most=1)
 def rarities(
     lines:Iterable[str], # texts
     most:int=200_000,    # texts that are looked at
@@ -64,6 +65,7 @@ def keywords(
 KINDS = ('crop', 'keywords')
 
 # %% ../nbs/19b_crops.ipynb #0aef4c42
+@checked(kinds=KINDS)
 def own_pairs(
     rows:Iterable[dict], # with `text`, `source` and `domain`
     rare:dict,           # of `rarities`
@@ -71,7 +73,6 @@ def own_pairs(
     seed:int=0,
 ) -> Iterator[dict]: # rows for phase 2
     "Pairs from texts."
-    for k in kinds: need(k in KINDS, f"a kind of pair is '{k}': give {' or '.join(KINDS)}")
     for i,r in enumerate(rows):
         for k in kinds:
             rng = np.random.default_rng((seed, i, KINDS.index(k)))
@@ -80,6 +81,7 @@ def own_pairs(
 
 # %% ../nbs/19b_crops.ipynb #9cd0f799
 @cli
+@checked(kind=KINDS)
 def chroma_crop(
     config:str|None=None,   # a YAML file
     set:list[str]=(),       # section.key=value

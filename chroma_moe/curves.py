@@ -10,7 +10,7 @@ import math
 from functools import partial
 from pathlib import Path
 import numpy as np
-from .config import ChromaError, cli, need
+from .config import ChromaError, cli, need, checked
 from .files import write_whole
 from .sink import flat
 from .monitor import load_entropy, metrics_rows, new_figure
@@ -25,8 +25,9 @@ def _numbers(row):
                                max_share=float(max(max(l['load']) for l in layers)), dead=sum(l['load'].count(0) for l in layers))
     return phase, step, numbers
 
+@checked
 def read_curves(
-    run, # a folder with a metrics.jsonl, or such a file
+    run:str|Path, # a folder with a metrics.jsonl, or such a file
 ) -> dict: # {phase: {metric: {step: value}}}
     "The curves of a run."
     path = Path(run)/'metrics.jsonl' if Path(run).is_dir() else Path(run)
@@ -41,6 +42,7 @@ def read_curves(
     if not curves: raise ChromaError(f"'{path}' has no rows yet: wait for the first logged step")
     return curves
 
+@checked(weight=(0,1))
 def smoothed(
     values, # one after another; nan where there is none
     weight:float=0., # of the past; 0 changes nothing, 0.9 averages over about ten
@@ -82,6 +84,7 @@ def _points(curves, name, by):
     return where, [curves[name][s] for s in steps]
 
 # %% ../nbs/14c_curves.ipynb #2a9056ae
+@checked(by=('step','tokens'), smooth=(0,1))
 def plot_runs(
     runs:list,           # folders
     metrics:list[str]=(), # panels; () is those of the usual ones that there are
@@ -90,7 +93,7 @@ def plot_runs(
     phase:str|None=None, # only this one
 ):
     "Curves of several runs as a matplotlib `Figure`."
-    need(by in ('step','tokens'), f"--by is '{by}': give step or tokens"); need(0<=smooth<1, f'--smooth is {smooth}: give a weight in [0, 1)')
+    need(smooth<1, f'--smooth is {smooth}: give a weight in [0, 1)')
     series = _series(runs, phase); _check(runs, series, metrics)
     there = {k.removeprefix('eval_') for c in series.values() for k in c}
     panels = list(metrics or [p for p in PANELS if p in there]); columns = min(2, len(panels))
@@ -108,6 +111,7 @@ def plot_runs(
     fig.legend(loc='outside lower center', fontsize=8, ncols=2)
     return fig
 
+@checked
 def last_values(
     runs:list,
     metrics:list[str]=(),
@@ -124,6 +128,7 @@ def last_values(
 
 # %% ../nbs/14c_curves.ipynb #417169c4
 @cli
+@checked(by=('step','tokens'), smooth=(0,1))
 def chroma_plot(
     runs:list[str],        # folders of runs, each with a metrics.jsonl
     out:str='curves.png',  # picture to write: .png, .svg or .pdf

@@ -8,9 +8,10 @@ __all__ = ['source_table', 'show_row', 'build_summary', 'merge_summary', 'guard_
 # %% ../nbs/04b_data.ipynb #8bf83550
 import itertools, json, textwrap
 from pathlib import Path
-from .config import ChromaError, cli, load_config, need
+from .config import ChromaError, cli, load_config, need, checked, STRATEGIES
 from .files import write_whole
 from .world import parse_size
+from .rows import ROW_KINDS
 from .sources import SOURCES, open_source
 from .mixing import pairs, parse_weight, texts
 from .leaks import PARTS, LeakGuard, evaluation_texts
@@ -18,6 +19,7 @@ from .tokenizer import ChromaTokenizer
 from .store import TokenStore, build_store, describe, merge_stores, read_manifest, unfinished, verify_store
 
 # %% ../nbs/04b_data.ipynb #b64ae5d1
+@checked(kind=ROW_KINDS)
 def source_table(
     kind:str|None=None, # 'text' or 'pair' only
 ) -> str: # one line a data set
@@ -29,6 +31,7 @@ def source_table(
     return '\n'.join('  '.join(f'{textwrap.shorten(x, w, placeholder="...") if len(x)>w else x:{w}}' for x,w in zip(l, widths)) + f'  {l[5]}' for l in lines)
 
 # %% ../nbs/04b_data.ipynb #9d652f68
+@checked(width=1)
 def show_row(
     row:dict,
     width:int=110, # characters in a line
@@ -45,6 +48,7 @@ def show_row(
 # %% ../nbs/04b_data.ipynb #974fbaf9
 def _count(n, what): return f"{n:,} {what}{'s'*(n!=1)}"
 
+@checked
 def build_summary(
     store:TokenStore,
 ) -> str:
@@ -53,6 +57,7 @@ def build_summary(
     empty = f", and {m['empty']:,} texts without a single token were left out" if m['empty'] else ''
     return f"{describe(m)}\n{m['texts']:,} texts in {_count(len(store.chunks), 'chunk')}{empty}"
 
+@checked
 def merge_summary(
     store:TokenStore,
 ) -> str: # one line a store
@@ -64,6 +69,7 @@ def merge_summary(
                         if r['used_tokens']>r['tokens'] else '') for r in rows)
 
 # %% ../nbs/04b_data.ipynb #07a98282
+@checked
 def guard_of(
     places:list[str],   # files, folders or names of evaluation sets
     parts:str='all',    # queries, documents or all
@@ -78,6 +84,7 @@ def guard_of(
 class chroma_data:
     "List, look at, guard, tokenise, merge and verify data."
     @staticmethod
+    @checked(n=1, kind=ROW_KINDS)
     def peek(
         name:str,               # NAME[:CONFIG][@PATH] of a registered data set, or the path of a file or folder
         n:int=3,                # rows
@@ -90,6 +97,7 @@ class chroma_data:
             print(f'{"" if i==0 else chr(10)}row {i+1}\n{show_row(row)}')
 
     @staticmethod
+    @checked(kind=ROW_KINDS)
     def leaks(
         against:list[str],      # evaluation sets: files, folders, registered names, or 'world'
         config:str|None=None,   # a YAML file
@@ -102,7 +110,6 @@ class chroma_data:
     ):
         "Look for copies of evaluation texts in training data; fails when there are any."
         c,guard = load_config(config, profile, set), guard_of(against, parts)
-        need(kind in ('text','pair'), f"the kind is '{kind}': give text or pair")
         names,stream = (c.data.texts, texts) if kind=='text' else (c.data.pairs, pairs)
         d = c.data
         rows = (r for r in stream(list(source) or list(names), d.size, d.seed, strategy='proportional', max_bad=d.max_bad)) # every row, once
@@ -112,6 +119,7 @@ class chroma_data:
         if guard.dropped: raise ChromaError(f'{guard.dropped:,} of {guard.seen:,} rows are copies: leave them out with `build --guard`, or take other sources')
 
     @staticmethod
+    @checked
     def build(
         config:str|None=None,   # a YAML file
         profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
@@ -139,6 +147,7 @@ class chroma_data:
         print(f'{build_summary(store)}\nwritten to {out}')
 
     @staticmethod
+    @checked(strategy=STRATEGIES)
     def merge(
         config:str|None=None,   # a YAML file with a merge section
         profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
@@ -162,6 +171,7 @@ class chroma_data:
         print(f'{merge_summary(merged)}\n{describe(merged.manifest)}\nwritten to {out}')
 
     @staticmethod
+    @checked
     def verify(
         path:str,               # folder of a store
         tokenizer:str|None=None,# folder of the tokenizer that must have built it
@@ -176,6 +186,7 @@ class chroma_data:
         print(f"{describe(s.manifest)}\nsound: {_count(len(s.chunks), 'chunk')}, every byte as it was written")
 
     @staticmethod
+    @checked(kind=ROW_KINDS)
     def list(
         kind:str|None=None,     # text or pair only
     ):

@@ -9,10 +9,11 @@ __all__ = ['FIXED_MINUTES', 'PRETRAIN_SHARE', 'PRETRAIN_RATE', 'TUNE_RATE', 'PAI
 
 # %% ../nbs/26_demo.ipynb #d4348743
 import itertools, json, shutil, time
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from .config import Config, cli, count_params, load_config, need, to_yaml
+from .config import Config, cli, count_params, load_config, need, to_yaml, ABOVE_0, checked
 from .files import alone, json_of, write_whole
 from .world import DOMAINS, World
 from .mixing import pairs, texts
@@ -36,6 +37,7 @@ PRETRAIN_RATE,TUNE_RATE = 175,160      # steps a minute on two CPU cores
 PAIRS,TEXTS = 32_000,10_000            # at most; a short run reads fewer
 PAIR_LENGTH = 64                       # tokens of a question or an answer
 
+@checked(minutes=ABOVE_0)
 def demo_config(
     minutes:float=4.5, # on two CPU cores
     seed:int=0,        # of data, weights and order
@@ -56,7 +58,8 @@ FILES = ('config.yaml','metrics.jsonl','stages.json','summary.json','report.html
 
 class Stages:
     "Stages of a run in one folder, each done once."
-    def __init__(self, out, c:Config, overwrite:bool=False):
+    @checked
+    def __init__(self, out:str|Path, c:Config, overwrite:bool=False):
         self.out = Path(out); self.out.mkdir(parents=True, exist_ok=True)
         known,others = self.out/'config.yaml', sorted(p.name for p in self.out.iterdir() if not p.name.startswith('.'))
         need(known.exists() or not others, f"'{out}' holds files of something else ({', '.join(others[:3])}): give an empty --out")
@@ -72,12 +75,14 @@ class Stages:
         for name in STAGES: shutil.rmtree(self.out/name, ignore_errors=True)
         for name in FILES: (self.out/name).unlink(missing_ok=True)
 
+    @checked
     def log(self, phase:str) -> MetricsLog:
         "The run's metrics without the rows that an interrupted `phase` left."
         log = MetricsLog(self.out/'metrics.jsonl'); log.resume(0, phase)
         return log
 
-    def run(self, name:str, make) -> Path: # make(folder) fills the folder
+    @checked
+    def run(self, name:str, make:Callable) -> Path: # make(folder) fills the folder
         "The folder of a stage, made now or before."
         final,tmp,start = self.out/name, self.out/f'.{name}.tmp', time.perf_counter()
         if final.exists(): print(f'{name}: done before, kept'); return final
@@ -88,6 +93,7 @@ class Stages:
 
 # %% ../nbs/26_demo.ipynb #e54a1a7f
 @torch.no_grad()
+@checked(n=1)
 def domain_routing(
     chroma:ChromaMoE,
     world:World,
@@ -101,6 +107,7 @@ def domain_routing(
         out[domain] = [row['load'] for row in routing_summary(RoutingStats(counts, None))]
     return out
 
+@checked(queries=1)
 def sample_searches(
     chroma:ChromaMoE,
     world:World,
@@ -126,6 +133,7 @@ def sample_searches(
         out.append(dict(query=i['query'], domain=i['domain'], hits=sorted(hits, key=lambda h: -h['score']), order=True))
     return out
 
+@checked(n=1)
 def map_points(
     chroma:ChromaMoE,
     world:World,
@@ -146,7 +154,8 @@ def map_points(
 def _pairs_read(c): return min(PAIRS, c.tune.steps*c.tune.batch_pairs)
 def _card_settings(c, of): return settings_of(of, 'tune') | {'data.size': str(_pairs_read(c)), 'data.seed': c.data.seed, 'data.max_length': PAIR_LENGTH}
 
-def demo_texts(c):
+@checked
+def demo_texts(c:Config):
     "As many texts as the steps of phase 1 can use."
     n = min(TEXTS, max(1000, c.pretrain.steps*c.pretrain.batch_tokens//20))
     return [r['text'] for r in texts(c.data.texts, n, c.data.seed)]
@@ -169,15 +178,18 @@ def _pretrained(c, stages, tokenizer, bag, progress):
         ChromaMoE(model, tokenizer, c.data.max_length, about=about).save_pretrained(folder)
     return make
 
-def demo_pairs(c, tokenizer):
+@checked
+def demo_pairs(c:Config, tokenizer:ChromaTokenizer):
     "As many tokenised pairs as the steps can use."
     return tokenise_pairs(pairs(c.data.pairs, _pairs_read(c), c.data.seed), tokenizer, PAIR_LENGTH, c.tune.negatives)
 
-def bag_config(c, steps=400):
+@checked(steps=1)
+def bag_config(c:Config, steps:int=400):
     "The bag at its best: a high rate, and batches twice as large."
     return load_config(profile='tiny', sets=[f'tune.steps={min(steps, c.tune.steps)}', 'tune.lr=0.1', 'tune.batch_pairs=128', f'tune.seed={c.tune.seed}'])
 
 # %% ../nbs/26_demo.ipynb #1cca4c8f
+@checked
 def summarise(
     c:Config,
     chroma:ChromaMoE,
@@ -197,6 +209,7 @@ def summarise(
 
 APART = 'not asked: in the built-in corpus the companies and products of the test split occur in no training text'
 
+@checked
 def score_rows(s:dict, c:Config) -> list[dict]:
     "The summary as rows for the card."
     row = lambda task,metric,system,value,items: dict(benchmark='world', task=task, kind='retrieval' if task in DOMAINS else 'order', metric=metric,
@@ -204,6 +217,7 @@ def score_rows(s:dict, c:Config) -> list[dict]:
     found = [row(d, k, name, s[d][name][k], c.evaluate.queries) for d in DOMAINS for name in s[d] for k in ('ndcg@10','mrr@10','recall@100')]
     return found + [row('order and numbers', 'accuracy', name, v, c.evaluate.order_items) for name,v in s['order_part'].items()]
 
+@checked
 def summary_table(s:dict) -> str:
     "The summary as text."
     lines = [f"{'':12}{'finance':>26}{'shop':>29}", f"{'':12}" + f"{'nDCG@10':>10}{'MRR@10':>9}{'R@100':>9}"*2]
@@ -267,6 +281,7 @@ def _demo(c, command, start, out, overwrite, progress):
 
 # %% ../nbs/26_demo.ipynb #4ebbbd87
 @cli
+@checked(minutes=ABOVE_0)
 def chroma_demo(
     minutes:float=4.5,       # length on two CPU cores; fixes the number of steps
     seed:int=0,              # of data, weights and order

@@ -8,9 +8,11 @@ __all__ = ['turn_attention']
 # %% ../nbs/16a_directions.ipynb #458ad899
 from dataclasses import replace
 import torch
+from .config import checked
 from .model import ChromaModel
 
 # %% ../nbs/16a_directions.ipynb #6396e48f
+@checked
 def turn_attention(
     model:ChromaModel, # whose weights are used
     causal:bool=False, # does a token see only itself and what stands before it?

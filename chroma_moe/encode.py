@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tqdm import tqdm
-from .config import ChromaError, cli, need
+from .config import ChromaError, checked, cli, need
 from .rows import SUFFIXES, DataFile, records
+from .precision import PRECISIONS
 from .indexing import Index, IndexWriter
-from .encoder import ChromaMoE
+from .encoder import ChromaMoE, DTYPES
 from .parallel import Ranks, start
 from .expert_parallel import even_passes, spread
 from .shared_encoding import after_main
-from .training import tune_cpu
+from .training import trim_memory, tune_cpu
 
 # %% ../nbs/22a_encode.ipynb #07087a88
 def _files(paths):
@@ -37,6 +38,7 @@ def _pick(record, names):
 
 class Texts:
     "Texts of files with their names, from any place on; bad records are refused or counted."
+    @checked
     def __init__(
         self,
         files:list[DataFile],
@@ -70,10 +72,11 @@ class Texts:
                 number += 1
 
 # %% ../nbs/22a_encode.ipynb #c452720e
+@checked(part=1, passage_tokens=1, truncate_dim=1, precision=PRECISIONS)
 def encode_files(
     model:ChromaMoE,
     texts:Texts,
-    out,                         # folder of the index
+    out:str|Path,                # folder of the index
     about:dict|None=None,        # what it is made from; another one in the folder is refused
     part:int=20000,              # records in a part
     passage_tokens:int|None=None,# cut the texts into passages of so many tokens, at most
@@ -85,17 +88,18 @@ def encode_files(
     **kw,                        # of `encode`
 ) -> Index:
     "Encode the texts of files into an index on disk."
-    need(part>0, f'part is {part}: give 1 record or more'); ranks = ranks or Ranks()
+    ranks = ranks or Ranks()
     about = (about or {})|dict(part=part, passage_tokens=passage_tokens, overlap=overlap, truncate_dim=truncate_dim)|kw
-    begin = partial(IndexWriter, out, model.fingerprint, precision, truncate_dim or model.model.embed_dim, about)
-    writer = after_main(begin, partial(begin, held=False), ranks)
-    if writer.complete: return writer.finish()
     def encode(found):
         pairs = [p for p in found if p]
         ids,words = [p[0] for p in pairs],[p[1] for p in pairs]
         if passage_tokens: return model.encode_passages(words, ids, passage_tokens, overlap, truncate_dim=truncate_dim, **kw)
         return model.encode(words, truncate_dim=truncate_dim, **kw), [dict(id=i, text=w) for i,w in pairs]
 
+    encode([(0,'a')])                                                # what the model refuses, it refuses before a folder is begun
+    begin = partial(IndexWriter, out, model.fingerprint, precision, truncate_dim or model.model.embed_dim, about)
+    writer = after_main(begin, partial(begin, held=False), ranks)
+    if writer.complete: return writer.finish()
     stream,bar = iter(texts), tqdm(desc='encoding', unit=' records', disable=not progress)
     pieces = iter(lambda: list(itertools.islice(stream, part)), [])
     there,turn,n = after_main(writer.there, None, ranks), 0, 0
@@ -105,7 +109,7 @@ def encode_files(
             if n-1 not in there:
                 if turn%ranks.n==ranks.rank: writer.add(*encode(found), n-1)
                 turn += 1
-            bar.update(len(found))
+            bar.update(len(found)); trim_memory()
     bar.close()
     need(n, f"{', '.join(f.path for f in texts.files)}: no records, so there is nothing to encode")
     ranks.wait()
@@ -113,6 +117,7 @@ def encode_files(
 
 # %% ../nbs/22a_encode.ipynb #552af377
 @cli
+@checked(part=1, batch_tokens=1, expert=1, precision=PRECISIONS, dtype=DTYPES)
 def chroma_encode(
     model:str='runs/demo/model', # folder, or owner/name on the hub
     input:list[str]=(),          # file or folder of texts: jsonl, json, csv, tsv, parquet or txt, perhaps compressed

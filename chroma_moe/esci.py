@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from .files import seal, unseal
-from .config import ChromaError, need
+from .config import ChromaError, need, checked
 from .encoder import ChromaMoE
 from .metrics import bootstrap, ndcg_at
 from .registry import SOURCES, esci_check, esci_keep, esci_product
@@ -26,6 +26,7 @@ GAINS = dict(
     paper=dict(E=1., S=.1, C=.01, I=0.),            # as the paper says
     official_script=dict(E=1., S=.01, C=.1, I=0.))  # as the published script computes
 
+@checked
 def gains_table(
     name:str, # paper or official_script
 ) -> dict: # E, S, C, I -> gain
@@ -34,6 +35,7 @@ def gains_table(
     return GAINS[name]
 
 # %% ../nbs/21b_esci.ipynb #ee5d44bc
+@checked(k=1)
 def random_ndcg(
     gains:list,      # of all products of a query
     k:int|None=None, # places to look at; all by default
@@ -78,8 +80,9 @@ _ESCI = replace(SOURCES['esci'], kind='text', training='evaluation only', rows=j
     extra=(*SOURCES['esci'].extra, 'split'), check=lambda r: '' if r['esci_label'] in (None, '') else esci_check(r),
     keep=lambda r,config: (r.get('split') or 'test')=='test' and esci_keep(r, config))
 
+@checked
 def open_esci(
-    data=None,                       # a file or folder with the columns of the data set; the hub by default
+    data:str|Path|None=None,         # a file or folder with the columns of the data set; the hub by default
     small:bool=True,                 # only the rows of the ranking task?
     locales:tuple=('us','es','jp'),  # countries
 ) -> Reader: # of judgements
@@ -91,8 +94,9 @@ def open_esci(
     def refusal(e): return ChromaError(f'esci ({source.id}): {": ".join(explain(e, source))}')
     return Reader('esci', 'text', source, '+'.join([*['small']*small, *locales]), files, refusal=refusal)
 
+@checked
 def judgements(
-    data=None, small:bool=True, locales:tuple=('us','es','jp'), # as in `open_esci`
+    data:str|Path|None=None, small:bool=True, locales:tuple=('us','es','jp'), # as in `open_esci`
 ): # iterator over dicts: text (of the query), locale, query_id, product_id, label, product (its text)
     "Every judged product of the test split, once a query."
     reader,seen = open_esci(data, small, locales),set()
@@ -106,8 +110,9 @@ def judgements(
                           'check the columns split, small_version, product_locale and esci_label') from None
 
 # %% ../nbs/21b_esci.ipynb #d0dd2a9b
+@checked(queries=1)
 def stand_in(
-    path,            # of the file, .jsonl
+    path:str|Path,   # of the file, .jsonl
     queries:int=40,
     seed:int=0,      # of the world
 ):
@@ -142,10 +147,11 @@ def _kept(path):
         if r := unseal(line): found[tuple(r['key'])] = r['cosine']
     return found
 
+@checked(chunk=1)
 def judge(
-    encoder,           # a `ChromaMoE`, or a system with `vectors`
+    encoder:ChromaMoE, # a `ChromaMoE`, or a system with `vectors`
     rows,              # of `judgements`
-    out=None,          # folder to keep cosines in, to go on from
+    out:str|Path|None=None, # folder to keep cosines in, to go on from
     chunk:int=1024,    # rows at a time
 ) -> dict: # (country, query) -> list of `Judged`
     "Compare every product with its query."
@@ -173,6 +179,7 @@ def judge(
 # %% ../nbs/21b_esci.ipynb #6591163d
 def _order(products, scores): return [p for _,p in sorted(zip(-np.asarray(scores), products))]
 
+@checked(k=1, gains=GAINS)
 def list_scores(
     items:list,       # of `Judged`: one query
     gains:str,        # paper or official_script
@@ -184,6 +191,7 @@ def list_scores(
     runs = [x.cosine for x in items], bm25_scores(np.array([x.counts for x in items]), np.array([x.length for x in items]))
     return *(ndcg_at(_order(products, s), grades, k or len(items)) for s in runs), random_ndcg(list(grades.values()), k)
 
+@checked
 def esci_rows(
     lists:dict,                            # of `judge`
     system:str='ChromaMoE',                # name in tables
@@ -204,13 +212,14 @@ def esci_rows(
     return rows
 
 # %% ../nbs/21b_esci.ipynb #71b3578a
+@checked
 def run_esci(
-    encoder,                                 # a `ChromaMoE`, or a system with `vectors`
-    out,                                     # folder for what is kept
+    encoder:ChromaMoE,                       # a `ChromaMoE`, or a system with `vectors`
+    out:str|Path,                            # folder for what is kept
     debug:bool=False,                        # a short run: the stand-in, or the first 2,000 judgements of `data`
-    data=None,                               # a file or folder with the columns of the data set; the hub by default
-    gains=('paper','official_script'),       # tables of gains; the first is the one to quote
-    locales=('us','es','jp'),                # countries
+    data:str|Path|None=None,                 # a file or folder with the columns of the data set; the hub by default
+    gains:str|tuple|list=('paper','official_script'), # tables of gains; the first is the one to quote
+    locales:str|tuple|list=('us','es','jp'),     # countries
     small:bool=True,                         # only the rows of the ranking task?
 ) -> list[dict]: # rows
     "Score a model on ESCI's ranking task."

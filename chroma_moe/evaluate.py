@@ -10,10 +10,11 @@ __all__ = ['ELSEWHERE', 'ALL', 'BASELINES', 'WORLD_ROWS', 'NAMES', 'KIND_NAMES',
 
 # %% ../nbs/21e_evaluate.ipynb #35991a60
 import difflib, hashlib, importlib, inspect, itertools, json, re
+from collections.abc import Callable
 from base64 import b64encode
 from functools import partial
 from pathlib import Path
-from .config import ChromaError, cli, load_config, need
+from .config import ChromaError, cli, load_config, need, checked
 from .files import alone, seal, unseal, write_whole
 from .world import parse_size
 from .mixing import pairs, parse_weight, texts
@@ -66,13 +67,15 @@ def parse_baselines(
 # %% ../nbs/21e_evaluate.ipynb #d1bbeb09
 class Results:
     "Rows of finished work, in a folder."
-    def __init__(self, folder):
+    @checked
+    def __init__(self, folder:str|Path):
         self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
 
+    @checked
     def once(self,
         name:str,  # of the work, for people
         key:list,  # all that the rows depend on
-        make,      # function that gives the rows
+        make:Callable, # function that gives the rows
     ) -> tuple: # rows, were they there already?
         "Rows of a piece of work, made now or before; those of work that failed are made again."
         h = hashlib.sha256(json.dumps([name, key]).encode()).hexdigest()[:12]
@@ -96,6 +99,7 @@ def _system(name, more, model):
     for k,w in sorted(dense.encoder.state_dict().items()): h.update(k.encode()+w.detach().float().numpy().tobytes())
     return dense, ['st', more, h.hexdigest()]
 
+@checked
 def make_systems(
     model:Dense,    # the one that is evaluated
     baselines:list, # of `parse_baselines`
@@ -113,6 +117,7 @@ def make_systems(
 # %% ../nbs/21e_evaluate.ipynb #0c37ea8b
 WORLD_ROWS = 20_000 # of the endless built-in corpus that are checked, where a model does not say how many it read
 
+@checked
 def training_texts(
     about:dict|None, # of a model
 ) -> tuple: # key -> function that gives its rows; names that are not at hand
@@ -144,6 +149,7 @@ def _blocks(rows, size):
         some = list(itertools.islice(rows, size))
         if some: yield [t for r in some for t in ([r['text']] if 'text' in r else [r['query'], r['positive']])]
 
+@checked(block=1)
 def leak_notes(
     tasks:list,      # of `Task`
     about:dict|None, # of the model
@@ -162,12 +168,13 @@ def leak_notes(
     return {(t.benchmark, t.name): _said(counts(t), gone) for t in tasks}
 
 # %% ../nbs/21e_evaluate.ipynb #6baf9f4e
+@checked
 def run_tasks(
     tasks:list,    # of `Task`
     systems:list,  # (system, key)
     results:Results,
     debug:bool=False, # a few items of each only
-    say=print,     # told what is done
+    say:Callable=print, # told what is done
 ) -> list[dict]: # rows
     "Score every system on every task."
     out = []
@@ -182,14 +189,15 @@ def run_tasks(
         for system,_ in systems: getattr(system, 'kept', {}).clear()
     return out
 
+@checked
 def run_elsewhere(
     name:str,      # of the benchmark
     path:str,      # of a local copy; '' is none
     systems:list,  # (system, key)
     results:Results,
-    out,           # folder for what the benchmark keeps itself
+    out:str|Path,  # folder for what the benchmark keeps itself
     debug:bool=False,
-    say=print,
+    say:Callable=print,
 ) -> list[dict]: # rows
     "Score the systems that have an encoder on a benchmark of another chapter."
     rows = []
@@ -212,6 +220,7 @@ def run_elsewhere(
     return rows
 
 # %% ../nbs/21e_evaluate.ipynb #69dc19cf
+@checked
 def first_rows(
     rows:list[dict], # of results
 ) -> dict: # (benchmark, task) -> system -> row
@@ -223,6 +232,7 @@ def first_rows(
         if metric.setdefault(k, r['metric'])==r['metric']: out.setdefault(k, {})[r['system']] = r
     return out
 
+@checked
 def comparisons(
     rows:list[dict], # of results
     model:str,       # name of the system that is evaluated
@@ -252,6 +262,7 @@ def _cell(r, digits=3):
     if r is None or r.get('value') is None: return '–'
     return f"{r['value']:.{digits}f}" + (f" [{r['low']:.{digits}f}, {r['high']:.{digits}f}]" if r.get('low') is not None else '')
 
+@checked
 def score_tables(
     results:dict, # of `chroma_evaluate`
 ) -> list: # (title, head, rows of texts)
@@ -270,6 +281,7 @@ def score_tables(
         out.append((f'{b}: {KIND_NAMES.get(kind, kind).lower()}', ['task', 'figure', 'items', *names], body))
     return out
 
+@checked
 def comparison_table(
     results:dict, # of `chroma_evaluate`
 ) -> tuple: # title, head, rows of texts
@@ -279,6 +291,7 @@ def comparison_table(
     body = [[c['task'], NAMES.get(c['metric'], c['metric']), c['against'], number(c['difference']), *sure(c)] for c in results['comparisons']]
     return f"{results['model']} against the others", ['task','figure','against','difference','95% interval','ahead in'], body
 
+@checked
 def detail_table(
     results:dict, # of `chroma_evaluate`
 ) -> tuple: # title, head, rows of texts
@@ -299,6 +312,7 @@ TRIAL = 'A TRIAL RUN on a few items of each task, or on stand-ins: it shows that
 READING = ('A number in brackets is the 95% interval: other queries of the same kind would have given a mean in this range. '
            'Comparisons are made on the same items; an interval that holds 0 means that the difference may be chance.')
 
+@checked
 def as_markdown(
     results:dict, # of `chroma_evaluate`
 ) -> str:
@@ -319,6 +333,7 @@ def _figure_cell(text):
     value,_,interval = text.partition(' [')
     return tag('span', value, tag('small', f'[{interval}'.replace(' ', '\xa0')) if interval else '')
 
+@checked
 def as_page(
     results:dict, # of `chroma_evaluate`
     pictures:list=(), # PNG files
@@ -344,8 +359,9 @@ def as_page(
     drawn = section('Pictures', side_by_side(shown, 'Pictures')) if shown else ''
     return tag('main', head, *(show(*t) for t in score_tables(results)), show(*comparison_table(results)), glance, drawn, *notes, section(title, every), made)
 
+@checked
 def write_results(
-    out,          # folder
+    out:str|Path, # folder
     results:dict, # model, fingerprint, debug, command, systems, rows, comparisons, leaks, failed
     pictures:list=(), # PNG files to be shown on the page
 ):
@@ -357,15 +373,16 @@ def write_results(
     write_whole(out/'results.json', json.dumps(plain, indent=1)+'\n')
 
 # %% ../nbs/21e_evaluate.ipynb #e1f921bb
+@checked
 def collect(
     encoder:ChromaMoE,
     name:str,              # of the model, in tables
     benchmarks:list,       # of `parse_benchmarks`
     baselines:list=(),     # of `parse_baselines`
-    out='runs/evaluate',   # folder
+    out:str|Path='runs/evaluate', # folder
     debug:bool=False,      # a few items of each?
     command:str='',        # that asked for it
-    say=print,             # told what is done
+    say:Callable=print,    # told what is done
 ) -> dict: # model, fingerprint, debug, command, systems, rows, comparisons, leaks, failed
     "Score a model and its baselines."
     tasks = []                                                             # first, so that a broken file is found before any work
@@ -389,8 +406,9 @@ def collect(
     return dict(model=name, fingerprint=encoder.fingerprint, debug=debug, command=command, systems=[s.name for s,_ in systems], rows=rows,
                 comparisons=comparisons(rows, name), leaks=leaks, failed=failed)
 
+@checked
 def add_to_card(
-    folder,       # of the model
+    folder:str|Path, # of the model
     results:dict, # of `collect`
 ):
     "Put the first figure of each task on the card of the model."
@@ -412,6 +430,7 @@ def _evaluate(model, encoder, asked, beside, benchmark, baselines, out, pictures
     if not first_rows(results['rows']): raise ChromaError('nothing was scored: the reasons stand above')
 
 @cli
+@checked(expert=1)
 def chroma_evaluate(
     model:str='runs/demo/model', # folder of the model, or its name on the hub
     benchmark:list[str]=(),      # world, long_context, finmteb, mteb, esci, all, local:FOLDER; commas between several

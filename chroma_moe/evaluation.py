@@ -11,7 +11,7 @@ import hashlib, json
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .config import ChromaError, Config
+from .config import ChromaError, Config, checked
 from .world import DOMAINS, World
 from .rows import DataFile, records
 from .encoder import ChromaMoE
@@ -55,6 +55,7 @@ def _spread(rows, n):
     "About `n` of the rows, from all over."
     return rows[::max(1, len(rows)//n)][:n]
 
+@checked(n=1)
 def small_task(
     task:Task,
     n:int=5,  # queries; of other items, four times as many
@@ -127,6 +128,7 @@ def _probe(task, system, seed):
 
 KINDS = dict(retrieval=_retrieval, sts=_sts, classification=_classification, clustering=_clustering, pair=_pair, probe=_probe)
 
+@checked
 def run_task(
     task:Task,
     system,     # `name`, and `rank` or `vectors` or both
@@ -140,6 +142,7 @@ def run_task(
     return KINDS[task.kind](task, system, seed)
 
 # %% ../nbs/21_evaluation.ipynb #9f4e3e71
+@checked(queries=1, order_items=1, texts=1)
 def world_tasks(
     queries:int=200,     # of each half
     order_items:int=400, # of the probe
@@ -194,8 +197,9 @@ def _by_id(path, what):
         out[str(r['_id'])] = text
     return out
 
+@checked
 def read_retrieval(
-    folder,          # with corpus, queries and qrels
+    folder:str|Path, # with corpus, queries and qrels
     benchmark:str='local',
     name:str='',     # of the task; '' is that of the folder
 ) -> Task:
@@ -246,8 +250,9 @@ def _read_table(path, name, benchmark, kind):
         data['right'] = [int(x) for x in data['right']]
     return Task(benchmark, f'{kind}/{name}', kind, data, note=note)
 
+@checked
 def local_tasks(
-    folder,                # yours
+    folder:str|Path,       # yours
     benchmark:str='local',
 ) -> list[Task]:
     "All tasks that a folder holds."
@@ -263,6 +268,7 @@ def local_tasks(
     return out
 
 # %% ../nbs/21_evaluation.ipynb #6368a6bd
+@checked
 def order_accuracy(
     encoder:ChromaMoE,
     items:list[dict],      # query, right, wrong
@@ -271,6 +277,7 @@ def order_accuracy(
     q,right,wrong = encoder.encode_query([i['query'] for i in items]), *(encoder.encode_document([i[k] for i in items]) for k in ('right','wrong'))
     return pair_accuracy((q*right).sum(-1), (q*wrong).sum(-1))
 
+@checked
 def world_tests(
     c:Config,
     split:str='test',
@@ -279,6 +286,7 @@ def world_tests(
     world = World(c.data.seed)
     return {**{d: world.retrieval(d, split, c.evaluate.queries) for d in DOMAINS}, 'order': world.order_items(split, c.evaluate.order_items)}
 
+@checked
 def evaluate_world(
     encoder:ChromaMoE|None, # None: BM25, without stems
     tests:dict,             # from `world_tests`

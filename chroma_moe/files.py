@@ -10,9 +10,10 @@ import errno, hashlib, json, os
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from .config import ChromaError, read_text
+from .config import ChromaError, checked, read_text
 
 # %% ../nbs/00a_files.ipynb #04358291
+@checked
 def lock(
     file,            # an open file of the run
     what:str,        # what the run writes, for the message
@@ -40,8 +41,9 @@ def _hold(path, what, wait=False):
         file.close()
 
 @contextmanager
+@checked
 def alone(
-    folder,          # made if missing
+    folder:str|Path, # made if missing
     wait:bool=False, # until the other has ended? By default we are refused
 ):
     "Keep other processes that ask for it out of a folder."
@@ -56,13 +58,15 @@ def alone(
                 if new: folder.rmdir()                                  # where nothing was written into it
 
 # %% ../nbs/00a_files.ipynb #9e597a8f
+@checked
 def write_whole(
-    path,                                  # of the file
+    path:str|Path,                         # of the file
     content:bytes|str|memoryview|Callable, # all of it, or a function that writes it to an open binary file
 ):
     "Give a file its name only when it is complete and on the disk."
     path = Path(path); new = path.with_name(f'.{path.name}.new')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _hold(new, path) as f:
             try:
                 f.truncate()
@@ -73,7 +77,8 @@ def write_whole(
             except BaseException: new.unlink(missing_ok=True); raise
     except OSError as e: raise ChromaError(f"'{path}' cannot be written ({e.strerror or e}): make room there, or give another place") from None
 
-def sha256_of(path) -> str:
+@checked
+def sha256_of(path:str|Path) -> str:
     "The checksum of a file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -87,8 +92,9 @@ def parse_json(
     try: return json.loads(data)
     except (ValueError, RecursionError) as e: raise ChromaError(f'{name} is not valid JSON ({e}): {remedy}') from None
 
+@checked
 def json_of(
-    path,        # of a file that holds an object
+    path:str|Path,        # of a file that holds an object
     remedy:str='it is damaged, copy it again',
 ) -> dict:
     "The object in a JSON file, or what is wrong with it."

@@ -8,7 +8,7 @@ __all__ = ['show_reading', 'show_visits', 'chroma_generate']
 # %% ../nbs/22c_generate.ipynb #2048bbb6
 import itertools, sys, textwrap
 from pathlib import Path
-from .config import cli, need
+from .config import checked, cli, need, ABOVE_0
 from .routing import VisitCount
 from .perplexity import Reading, together
 from .training import tune_cpu
@@ -16,6 +16,7 @@ from .encode import Texts, _files
 from .generation import ChromaLM
 
 # %% ../nbs/22c_generate.ipynb #7bf1f30f
+@checked
 def show_reading(
     name:str,  # what was read
     r:Reading, # what came of it
@@ -24,6 +25,7 @@ def show_reading(
     size = f', {r.bits_per_byte:.3f} bits a byte' if r.bytes else ''
     return f'perplexity {r.perplexity:10.2f}  loss {r.loss/r.tokens:.4f}{size}, {r.tokens:,} tokens  {textwrap.shorten(name, 60, placeholder=" ...")}'
 
+@checked
 def show_visits(
     layers:list[dict], # of `VisitCount.summary`
 ) -> str: # one line a layer with experts
@@ -61,6 +63,7 @@ def _say(lm, prompts, as_json, settings):
     print(flush=True)
 
 @cli
+@checked(samples=1, batch_size=1, max_length=1, repetition_penalty=ABOVE_0)
 def chroma_generate(
     checkpoint:str='runs/pretrain', # folder of a model that was pre-trained with pretrain.objective=clm, or owner/name on the hub
     prompt:list[str]=(),       # text to be continued
@@ -86,7 +89,6 @@ def chroma_generate(
     "Continue texts with a language model, or say how well it reads some."
     from json import dumps
     need(prompt or interactive or eval_text or eval_file, 'there is nothing to do: give --prompt TEXT, --interactive, --eval_text TEXT or --eval_file FILE')
-    need(samples>0, f'samples is {samples}: give 1 or more'); need(batch_size>0, f'batch_size is {batch_size}: give 1 or more')
     tune_cpu(threads)
     lm = _load(checkpoint, device)
     settings = dict(max_length=max_length, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, stop=list(stop),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .config import need
+from .config import ABOVE_0, check_fields, checked, need
 from .tokenizer import BOS, EOS, SPECIALS, ChromaTokenizer
 from .packing import pack
 from .attention import Cache
@@ -34,11 +34,8 @@ class Sampling:
     seed:int = 0               # of the random numbers
 
     def __post_init__(self):
-        need(0<=self.temperature<math.inf, f'temperature is {self.temperature}: give 0 (the likeliest token, always) or a positive number, 1 leaves the '
-             'probabilities as they are')
-        need(self.top_k>=0, f'top_k is {self.top_k}: give the number of tokens to choose from, or 0 for all')
+        check_fields(self, penalty=ABOVE_0)
         need(0<self.top_p<=1, f'top_p is {self.top_p}: give a share above 0 and up to 1; for the likeliest token, always, set temperature to 0')
-        need(0<self.penalty<math.inf, f'the repetition penalty is {self.penalty}: give 1 (none) or more, such as 1.2')
 
 # %% ../nbs/22_generation.ipynb #3a2e77f1
 def next_probabilities(
@@ -80,6 +77,7 @@ def only(
 
 class Writer:
     "Continues texts, a token at a time."
+    @checked
     def __init__(self,
         model:ChromaModel,  # causal
         texts:list,         # token ids of each
@@ -140,6 +138,7 @@ def find_stop(
 
 class Tail:
     "Turns tokens into text, piece by piece."
+    @checked
     def __init__(self,
         tokenizer:ChromaTokenizer, # that made the tokens
         ids:list[int],         # of the prompt
@@ -207,6 +206,7 @@ class ChromaLM(ChromaMoE):
         self.allowed[EOS] = True
         if (unknown := _unknown(tokenizer)) is not None: self.allowed[unknown] = False
 
+    @checked
     def prompt_ids(self,
         prompts:list[str],      # beginnings of texts
     ) -> list[list[int]]:
@@ -217,6 +217,7 @@ class ChromaLM(ChromaMoE):
                  f'{self.tokenizer.tok.model.unk_token if unknown is not None else None} there: leave it out, or train a byte-level tokenizer')
         return ids
 
+    @checked(batch_size=1, max_length=1, repetition_penalty=ABOVE_0)
     def stream(self,
         prompts:list[str],      # beginnings of texts
         max_length:int=100,     # tokens to write after each, at most
@@ -253,8 +254,9 @@ class ChromaLM(ChromaMoE):
         for p in self.stream(prompts, **settings): text[p.number].append(p.text); count[p.number] += 1; ends[p.number] = p.end
         return [Written(''.join(t), n, e) for t,n,e in zip(text, count, ends)]
 
+    @checked
     def perplexity(self,
-        texts:list[str],        # of any length, or a single one
+        texts:str|list[str],    # of any length, or a single one
         window:int=0,           # tokens that are read at once; 0 is the longest text it was trained on
         stride:int=0,           # tokens that are new in a window; 0 is half of it
     ) -> list[Reading]:

@@ -9,7 +9,7 @@ __all__ = ['unpad', 'ChromaMoEModel', 'split_head', 'split_chat', 'ChromaMoEToke
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from .config import ChromaError, ModelConfig, build, need
+from .config import ChromaError, ModelConfig, build, checked, need
 from .encoder import MARKERS, encode_texts
 from .model import FORMAT, ChromaModel, read_weights
 from .packing import Packed
@@ -120,6 +120,7 @@ class ChromaMoEModel(PreTrainedModel):
 AutoModel.register(ChromaMoEConfig, ChromaMoEModel)
 
 # %% ../nbs/10a_hf.ipynb #6bfe5bcd
+@checked
 def split_head(
     prompt:str,         # with or without a marker in front
     task:str|None=None, # query or document, for a prompt without
@@ -136,6 +137,7 @@ def _said(message):
     need(all(part.get('type')=='text' for part in content), f'a message holds {content!r}: this model reads text only')
     return ''.join(part['text'] for part in content)
 
+@checked
 def split_chat(
     chat:list[dict], # messages with role and content
 ) -> tuple: # prompt, text

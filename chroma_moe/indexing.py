@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from .config import ChromaError, need
+from .config import ChromaError, need, checked, check_value
 from .files import alone, json_of, parse_json, sha256_of, write_whole
-from .precision import as_numbers, check_precision, dequantise, quantise
+from .precision import as_numbers, dequantise, quantise, PRECISIONS
 
 # %% ../nbs/09b_indexing.ipynb #caf713c8
 def _top(scores, places, k):
@@ -29,19 +29,20 @@ def _top(scores, places, k):
     v,again = v.gather(1, order).sort(dim=1, descending=True, stable=True)
     return v, places.gather(1, i.gather(1, again))
 
+@checked(queries=1, k=1)
 def best_of(
     blocks:Iterable, # (q, b) scores of documents, in order
     queries:int,     # q
     k:int,           # best few
 ) -> tuple: # scores (q, k), places (q, k), best first
     "The best few over all blocks."
-    need(k>0, f'the best {k} were asked for: give 1 or more')
     best,where,start = None,torch.empty(queries, 0, dtype=torch.long),0
     for scores in blocks:
         here = torch.arange(start, start:=start+scores.shape[1]).expand(queries, -1)
         best,where = _top(scores if best is None else torch.cat([best, scores], 1), torch.cat([where, here], 1), k)
     return (torch.empty(queries, 0) if best is None else best).numpy(), where.numpy()
 
+@checked(k=1, block=1)
 def nearest(
     queries:np.ndarray, # (q, w)
     docs:np.ndarray,    # (n, w)
@@ -88,6 +89,7 @@ class Rows:
 
 class Index:
     "Vectors of a collection, a row about each, and the model they are of."
+    @checked(width=1, precision=PRECISIONS)
     def __init__(
         self,
         parts,               # list of (n, w) vectors or their codes
@@ -97,7 +99,6 @@ class Index:
         width:int|None=None, # numbers of a vector; by default what `parts` have
         about:dict|None=None,# anything to be kept with it
     ):
-        check_precision(precision)
         self.parts,self.rows,self.fingerprint,self.precision,self.about = list(parts),rows,fingerprint,precision,dict(about or {})
         self.width = width or (self.parts[0].shape[1]*(8 if precision.endswith('binary') else 1) if self.parts else 0)
         need(len(self)==len(rows), f'an index of {len(self)} vectors was given {len(rows)} rows: give one each')
@@ -106,7 +107,8 @@ class Index:
     def __len__(self): return sum(map(len, self.parts))
 
     @classmethod
-    def of(cls, vectors, rows, fingerprint='', precision='float32', about=None):
+    @checked(precision=PRECISIONS)
+    def of(cls, vectors, rows, fingerprint:str='', precision:str='float32', about:dict|None=None):
         "An index over unit vectors."
         return cls([quantise(vectors, precision)], rows, fingerprint, precision, np.shape(vectors)[-1], about)
 
@@ -160,6 +162,7 @@ def _finite(found):
     return found
 
 @patch
+@checked(k=1, oversample=1, first=FIRST)
 def search(
     self:Index,
     queries,            # (q, w) unit vectors
@@ -169,7 +172,6 @@ def search(
     fingerprint:str='', # of the model of the queries
 ) -> tuple: # cosines (q, k), places (q, k), best first
     "The nearest vectors of each query."
-    need(first in FIRST, f"first is '{first}': give None, int8 or binary"); need(oversample>0, f'oversample is {oversample}: give 1 or more')
     q = np.ascontiguousarray(queries, np.float32)
     self.check(q, fingerprint)
     many = max(1, (1<<24)//65536)            # queries at a time: the table of scores stays small
@@ -187,9 +189,10 @@ def _npy(a):
 
 class IndexWriter:
     "An index on its way to a folder, part by part."
+    @checked(width=1, precision=PRECISIONS)
     def __init__(
         self,
-        folder,           # made if missing
+        folder:str|Path,  # made if missing
         fingerprint:str,  # of the model
         precision:str,    # of the vectors
         width:int,        # numbers of a vector
@@ -198,7 +201,6 @@ class IndexWriter:
     ):
         self.folder = Path(folder)
         self.head = json.loads(json.dumps(dict(format=1, fingerprint=fingerprint, precision=precision, width=width, about=about)))
-        check_precision(precision)
         self.held,self.complete = ExitStack(), (self.folder/'index.json').exists()
         if held and not self.complete: self.held.enter_context(alone(folder))
         try: self._begin(folder)
@@ -270,7 +272,8 @@ def _parts(folder, d, verify):
     return [folder/n for n in sorted(files)]
 
 @patch
-def save(self:Index, folder):
+@checked
+def save(self:Index, folder:str|Path):
     "Write the index into a new folder."
     w = IndexWriter(folder, self.fingerprint, self.precision, self.width, self.about)
     need(not w.done and not w.complete, f"'{folder}' holds an index, or parts of one: give a new folder")
@@ -280,16 +283,17 @@ def save(self:Index, folder):
     w.finish()
 
 @patch(cls_method=True)
+@checked
 def open(
     cls:Index,
-    folder,            # written by `save` or IndexWriter
+    folder:str|Path,   # written by `save` or IndexWriter
     verify:bool=True,  # compare the SHA-256 of every file?
 ):
     "Open a saved index; its vectors stay on disk until they are needed."
     folder = Path(folder); p = folder/'index.json'
     unfinished = f"'{folder}' is an index that was not finished: run the command that began it again" if (folder/'begun.json').exists() else None
     need(p.is_file(), unfinished or f"there is no index in '{folder}': chroma_encode or Index.save makes one")
-    d = _read_json(p); check_precision(d['precision']); names = _parts(folder, d, verify)
+    d = _read_json(p); check_value(d['precision'], str, 'precision', PRECISIONS); names = _parts(folder, d, verify)
     try: parts = [np.load(n, mmap_mode='r', allow_pickle=False) for n in names if n.suffix=='.npy']
     except Exception as e: raise ChromaError(f"'{folder}': its vectors cannot be read ({type(e).__name__}: {e}): build the index again") from None
     per,kind = -(-d['width']//8) if d['precision'].endswith('binary') else d['width'],quantise(np.zeros((0, 8)), d['precision']).dtype

@@ -8,7 +8,7 @@ __all__ = ['knn_predict', 'logistic_predict', 'label_scores', 'v_measure', 'clus
 # %% ../nbs/11a_labels.ipynb #ebd0429d
 import numpy as np, torch
 from torch.nn.functional import cross_entropy
-from .config import ChromaError, need
+from .config import ABOVE_0, ChromaError, checked, need
 from .indexing import nearest
 
 # %% ../nbs/11a_labels.ipynb #5f78e54e
@@ -17,6 +17,7 @@ def _classes(labels, n):
     need(len(labels)==n>0, f'there are {n} vectors and {len(labels)} labels: give one label a vector, and one vector at least')
     return np.unique(np.array([str(l) for l in labels]), return_inverse=True)
 
+@checked(k=1, block=1)
 def knn_predict(
     train:np.ndarray,   # (n, w) unit vectors
     labels:list,        # (n,) of them
@@ -37,6 +38,7 @@ def knn_predict(
     return np.concatenate(out) if out else names[:0]
 
 # %% ../nbs/11a_labels.ipynb #5d56cd52
+@checked(steps=1, C=ABOVE_0)
 def logistic_predict(
     train:np.ndarray,   # (n, w) unit vectors
     labels:list,        # (n,) of them
@@ -58,6 +60,7 @@ def logistic_predict(
     with torch.no_grad(): return names[(torch.as_tensor(np.asarray(texts), dtype=torch.float32)@W+b).argmax(1).numpy()]
 
 # %% ../nbs/11a_labels.ipynb #0e1adfd5
+@checked
 def label_scores(
     truth:list, # (n,) labels
     guess:list, # (n,) labels
@@ -73,6 +76,7 @@ def label_scores(
     return dict(accuracy=float((t==g).mean()), precision=mean(called), recall=mean(is_), f1=mean((is_+called)/2))
 
 # %% ../nbs/11a_labels.ipynb #490f7769
+@checked
 def v_measure(
     truth:list,  # (n,) labels
     groups:list, # (n,) number or name of the group of each
@@ -85,6 +89,7 @@ def v_measure(
     h,c = (1 if T==0 else 1-(joint-G)/T),(1 if G==0 else 1-(joint-T)/G)
     return 2*h*c/(h+c) if h+c>1e-12 else 0.
 
+@checked(k=1)
 def cluster(
     vectors:np.ndarray, # (n, w)
     k:int,              # groups

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from .config import ChromaError, need
+from .config import ChromaError, checked, need
 from .world import DOMAINS, World
 from .sources import SUFFIXES, DataFile, hub_files, local_files, log, parse_source, records
 
@@ -85,6 +85,7 @@ class Leak(NamedTuple):
 
 class LeakGuard:
     "Finds evaluation texts in training text."
+    @checked(n=1, keep=1, common=1)
     def __init__(self,
         sets:dict,            # name -> texts of an evaluation set, queries and documents under their own names
         n:int=5,              # words in a run
@@ -138,6 +139,7 @@ def _distinct(x):
     return x[first], np.diff(np.r_[first, len(x)])
 
 @patch
+@checked
 def scores(self:LeakGuard,
     texts:list, # training texts
 ) -> tuple: # (N,) best score of each, (N,) number of the evaluation text, -1 for none
@@ -176,6 +178,7 @@ def _common(self:LeakGuard, text, run):
     return *np.divmod(pair, len(self.texts)), m
 
 @patch
+@checked
 def check_many(self:LeakGuard,
     texts:list, # training texts
 ) -> list: # a `Leak` or None for each
@@ -183,6 +186,7 @@ def check_many(self:LeakGuard,
     return [Leak(float(s), self.names[self.set[e]], self.texts[e]) if s>=self.threshold else None for s,e in zip(*self.scores(texts))]
 
 @patch
+@checked
 def check(self:LeakGuard,
     text:str, # a training text
 ) -> Leak|None:
@@ -205,6 +209,7 @@ def _file_texts(files, where):
     if not out: raise ChromaError(f"'{where}' holds no texts: its files need a column {', '.join(TEXT_COLUMNS)}")
     return out
 
+@checked
 def evaluation_texts(
     place:str,         # 'world', NAME[@FOLDER] of a registered set, or a file or folder
     parts:tuple=tuple(PARTS), # those that are wanted
@@ -228,6 +233,7 @@ def evaluation_texts(
 # %% ../nbs/02b_leaks.ipynb #d9eed350
 class Guarded:
     "The rows of a stream that are no leaks."
+    @checked(block=1)
     def __init__(self,
         guard:LeakGuard,
         rows,          # an iterator of rows; `Stream` where the position is to be saved
@@ -261,6 +267,7 @@ class Guarded:
         "Where the stream is, as plain values."
         return dict(rows=self.rows.state() if self.start is None else self.start, at=self.at, begun=self.start is not None)
 
+    @checked
     def load(self,
         state:dict, # of `state`
     ):
@@ -280,6 +287,7 @@ def filter(self:LeakGuard,
 def _pieces(row): return [row['text']] if 'text' in row else [row['query'], row['positive'], *row.get('negatives', [])]
 
 @patch
+@checked
 def clean(self:LeakGuard,
     rows:list,       # rows of texts or pairs
     count:bool=True, # in the report?

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .config import need
+from .config import need, checked
 from .files import write_whole
 from .world import REPORTS, fact_words, finance_document, finance_query, make_company, make_fact, near_facts, sentence, stream
 from .passages import cut_texts
@@ -25,6 +25,7 @@ class Planted(NamedTuple):
     query:str
     facts:list # the first answers the question, the others nearly
 
+@checked
 def plant(
     n:int,      # which one, up to 1,999
     seed:int=0, # of the world
@@ -38,6 +39,7 @@ def plant(
     return Planted(query, [tell(f) for f in (fact, *near_facts(fact, 'metric', other, rng))])
 
 # %% ../nbs/21c_long_context.ipynb #e6e0a5d6
+@checked
 def filler(
     n:int,      # whose filing
     seed:int=0, # of the world
@@ -48,8 +50,9 @@ def filler(
         co = make_company(4000+rng.randrange(4000), 'test', seed)
         yield from re.split(r'(?<=[a-z%)]\.)\s+', finance_document(make_fact(co, rng), 'filing', rng, 'test', longest=30))
 
+@checked(tokens=1)
 def fill(
-    tokenizer,     # counts
+    tokenizer, # counts
     tokens:int,    # room, in tokens
     n:int,         # whose filing
     seed:int=0,    # of the world
@@ -61,6 +64,7 @@ def fill(
     kept = [x[:2] for x in itertools.takewhile(lambda x: x[2]<=tokens, total)][1:]
     return [s for s,_ in kept], [k for _,k in kept]
 
+@checked(share=(0,1))
 def bury(
     fact:str,
     filing:tuple,  # sentences, tokens of each
@@ -74,6 +78,7 @@ def bury(
     return ' '.join([head, *sentences[at:]]), len(head)
 
 # %% ../nbs/21c_long_context.ipynb #20e570ce
+@checked
 def first_place(
     scores:np.ndarray,  # (n, candidates)
     right:np.ndarray,   # (n,) column of the right one
@@ -83,6 +88,7 @@ def first_place(
     top = scores >= scores.max(1, keepdims=True)-tie
     return top[np.arange(len(scores)), right] / top.sum(1)
 
+@checked
 def share_interval(
     values,       # (n,) from 0 to 1
     z:float=1.96, # 95%
@@ -93,6 +99,7 @@ def share_interval(
     return p, max(0., middle-half), min(1., middle+half)
 
 # %% ../nbs/21c_long_context.ipynb #7dd80a27
+@checked
 def text_scores(
     queries:np.ndarray, # (q, w)
     vectors:np.ndarray, # (n, w) of texts, one or more each
@@ -101,8 +108,9 @@ def text_scores(
     "Similarity with the best vector of each text."
     return np.maximum.reduceat(queries @ vectors.T, starts, axis=1)
 
+@checked(limit=1)
 def passage_vectors(
-    encoder,        # a `ChromaMoE`
+    encoder, # a `ChromaMoE`
     texts:list[str],
     limit:int=64,   # tokens of a passage, at most
     known:dict|None=None, # passages seen before -> their vectors; new ones are added
@@ -133,9 +141,10 @@ def _both(scores, items): # (items, texts) of the right texts of all, then of fo
     near = scores[np.arange(twins)[:,None], items+np.arange(4*twins).reshape(-1, 4)]
     return first_place(scores[:,:items], np.arange(items)), first_place(np.column_stack([scores.diagonal()[:twins], near]), np.zeros(twins, int))
 
+@checked(items=1, passage=1)
 def run_long_context(
-    encoder,           # a `ChromaMoE`
-    out=None,          # folder for the picture
+    encoder, # a `ChromaMoE`
+    out:str|Path|None=None, # folder for the picture
     debug:bool=False,  # two lengths and four items only?
     lengths:tuple=LENGTHS, # of the filings, in tokens
     items:int=16,      # planted facts; each is asked for at every length and place
@@ -174,6 +183,7 @@ def run_long_context(
     return rows
 
 # %% ../nbs/21c_long_context.ipynb #bc81920b
+@checked
 def long_context_figure(
     rows:list[dict], # of `run_long_context`, of one system or more
 ):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .config import need
+from .config import ABOVE_0, checked, need
 from .blockwise import Matches, blockwise_cross_entropy
 from .pooling import matryoshka
 
@@ -174,6 +174,7 @@ def cosent(q, d, g:Group, mine:slice, o:Options) -> tuple:
 # %% ../nbs/17_losses.ipynb #7e09b422
 LOSSES = dict(infonce=infonce, mnr=infonce, own=own, listwise=listwise, distil=distil, triplet=triplet, contrastive=contrastive, cosine=cosine, cosent=cosent)
 
+@checked
 def check_loss(
     name:str, # one of `LOSSES`, or several joined by +
 ) -> str:
@@ -184,6 +185,7 @@ def check_loss(
 class Contrast(nn.Module):
     "The losses of phase 2, with a learned temperature."
     low,high = 0.01,0.5
+    @checked(temperature=ABOVE_0)
     def __init__(self,
         temperature:float=0.05,   # to begin with
         learn:bool=True,          # is it learned?

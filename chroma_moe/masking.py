@@ -9,7 +9,7 @@ __all__ = ['CUT', 'DEAL', 'TURN', 'CORRUPT', 'TOKEN', 'noise', 'mask_flat', 'mas
 from typing import NamedTuple
 import numpy as np, torch
 from torch import Tensor
-from .config import need
+from .config import checked, need
 from .tokenizer import SPECIALS, MASK
 from .packing import Packed, pack
 
@@ -75,6 +75,7 @@ def mask_flat(
     mask[free[_firsts(m)[t] + (s + j + turn[t])%m[t]]] = True
     return mask
 
+@checked(ratio=(0,1), mean_span=1, spans=('geometric','t5'))
 def mask_text(
     ids,                 # (n,) token ids of one text
     key:tuple[int,int,int], # seed, epoch, index of the text
@@ -93,6 +94,7 @@ class Masked(NamedTuple):
     target:Tensor  # (M,) the ids that were there
     def to(self, device): return Masked(self.batch.to(device), self.where.to(device), self.target.to(device))
 
+@checked(ratio=(0,1), mean_span=1, corrupt=(0,1), spans=('geometric','t5'))
 def mask_batch(
     texts:list,          # B sequences of token ids, none empty
     keys:list,           # B keys (seed, epoch, index)

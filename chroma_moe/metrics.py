@@ -8,10 +8,12 @@ __all__ = ['MEASURES', 'FIGURES', 'gains_of', 'ndcg_at', 'mrr_at', 'recall_at', 
            'bootstrap', 'paired_bootstrap', 'resampled', 'compare']
 
 # %% ../nbs/11_metrics.ipynb #d7649f55
+from collections.abc import Callable
 import numpy as np
-from .config import need
+from .config import checked, need
 
 # %% ../nbs/11_metrics.ipynb #79acfea7
+@checked(k=1)
 def gains_of(
     ranked:list, # document ids, best first
     grades:dict, # document id -> grade
@@ -24,8 +26,9 @@ def gains_of(
 # %% ../nbs/11_metrics.ipynb #3c32ecf4
 def _dcg(gains): return float((gains / np.log2(np.arange(2, len(gains)+2))).sum())
 
+@checked(k=1)
 def ndcg_at(
-    ranked:list[str],        # document ids, best first
+    ranked:list,        # document ids, best first
     grades:dict[str,float],  # document id -> gain
     k:int=10,                # places to look at
 ) -> float: # 0 to 1
@@ -34,8 +37,9 @@ def ndcg_at(
     return _dcg(gains_of(ranked, grades, k))/ideal if ideal>0 else 0.
 
 # %% ../nbs/11_metrics.ipynb #e3834351
+@checked(k=1, relevant=None)
 def mrr_at(
-    ranked:list[str],        # document ids, best first
+    ranked:list,        # document ids, best first
     grades:dict[str,float],  # document id -> grade
     k:int=10,                # places to look at
     relevant:float=0.,       # grades above this are right
@@ -44,8 +48,9 @@ def mrr_at(
     hits = np.flatnonzero(gains_of(ranked, grades, k)>relevant)
     return 1/(int(hits[0])+1) if len(hits) else 0.
 
+@checked(k=1, relevant=None)
 def recall_at(
-    ranked:list[str],        # document ids, best first
+    ranked:list,        # document ids, best first
     grades:dict[str,float],  # document id -> grade
     k:int=100,               # places to look at
     relevant:float=0.,       # grades above this are right
@@ -54,8 +59,9 @@ def recall_at(
     right = sum(g>relevant for g in grades.values())
     return int((gains_of(ranked, grades, k)>relevant).sum())/right if right else 0.
 
+@checked(k=1, relevant=None)
 def precision_at(
-    ranked:list[str],        # document ids, best first
+    ranked:list,        # document ids, best first
     grades:dict[str,float],  # document id -> grade
     k:int=10,                # places to look at
     relevant:float=0.,       # grades above this are right
@@ -64,8 +70,9 @@ def precision_at(
     return int((gains_of(ranked, grades, k)>relevant).sum())/k
 
 # %% ../nbs/11_metrics.ipynb #c8de4e46
+@checked(k=1, relevant=None)
 def average_precision(
-    ranked:list[str],        # document ids, best first
+    ranked:list,        # document ids, best first
     grades:dict[str,float],  # document id -> grade
     relevant:float=0.,       # grades above this are right
     k:int|None=None,         # places to look at; None is all of them
@@ -88,6 +95,7 @@ def _rankings(run, qrels):
         need(odd is None, f'query {q!r} grades document {odd!r} as {grades.get(odd)}: give 0 or a positive number')
         yield run.get(q, ()), grades
 
+@checked(k=1)
 def per_query(
     run:dict,   # query id -> document ids, best first
     qrels:dict, # query id -> {document id: gain}
@@ -109,6 +117,7 @@ def _measure(name):
     need(k or kind!='precision', "precision needs its number of places, as in precision@10")
     return lambda r,g,relevant: MEASURES[kind](r, g, int(k) if k else max(len(r), len(g), 1), relevant)
 
+@checked(relevant=None)
 def score_queries(
     run:dict,               # query id -> document ids, best first
     qrels:dict,             # query id -> {document id: grade}
@@ -119,6 +128,7 @@ def score_queries(
     asked,rows = {f: _measure(f) for f in figures},list(_rankings(run, qrels))
     return {f: np.array([m(r, g, relevant) for r,g in rows]) for f,m in asked.items()}
 
+@checked(relevant=None)
 def score_run(
     run:dict,           # query id -> document ids, best first
     qrels:dict,         # query id -> {document id: grade}
@@ -129,6 +139,7 @@ def score_run(
     return {f: float(v.mean()) for f,v in score_queries(run, qrels, figures, relevant).items()}
 
 # %% ../nbs/11_metrics.ipynb #2c161c11
+@checked
 def by_score(
     scores:dict, # document id -> score
 ) -> list: # document ids, best first
@@ -136,6 +147,7 @@ def by_score(
     return sorted(sorted(scores, reverse=True), key=lambda d: -scores[d])
 
 # %% ../nbs/11_metrics.ipynb #14d04d78
+@checked
 def pair_accuracy(
     right,          # (n,) score of the right text of each pair
     wrong,          # (n,) score of the wrong one
@@ -186,6 +198,7 @@ def _resampled_means(values, n, seed):
     rng = np.random.default_rng(seed)
     return values.mean(), np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(n)])
 
+@checked(n=1)
 def bootstrap(
     values,       # (queries,) one score a query
     n:int=1000,   # resamples
@@ -196,6 +209,7 @@ def bootstrap(
     return float(mean), *np.quantile(means, [.025,.975]).tolist()
 
 # %% ../nbs/11_metrics.ipynb #df816493
+@checked(n=1)
 def paired_bootstrap(
     a,            # (queries,) scores of one system
     b,            # (queries,) scores of the other, on the same queries
@@ -209,8 +223,9 @@ def paired_bootstrap(
     return float(mean), *np.quantile(means, [.025,.975]).tolist(), float(((means>0) + .5*(means==0)).mean())
 
 # %% ../nbs/11_metrics.ipynb #fa30fe68
+@checked(n=1)
 def resampled(
-    figure,      # function of some columns, to a number
+    figure:Callable, # function of some columns, to a number
     *columns,    # (items,) each
     n:int=1000,  # resamples
     seed:int=0,  # of the resampling
@@ -223,6 +238,7 @@ def resampled(
     draws = (rng.integers(size, size=size) for _ in range(n))
     return np.array([figure(*(c[i] for c in columns)) for i in draws])
 
+@checked(difference=None)
 def compare(
     a,            # (n,) a figure of one system, resample by resample
     b,            # (n,) of the other, on the same items

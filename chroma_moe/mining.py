@@ -20,7 +20,7 @@ import numpy as np, torch
 from bm25s import BM25, tokenize
 from fastcore.basics import patch
 from tqdm import tqdm
-from .config import ChromaError, cli, load_config, need
+from .config import ChromaError, cli, load_config, need, check_fields, checked
 from .files import json_of, lock, seal, unseal, write_whole
 from .rows import shown
 from .leaks import text_hashes, word_hashes
@@ -31,6 +31,7 @@ from .encoder import ASK, ChromaMoE
 # %% ../nbs/19_mining.ipynb #dff6fb86
 def _number(raw): return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'little')
 
+@checked
 def text_keys(
     texts:list, # of strings
 ) -> np.ndarray: # (n,) uint64
@@ -59,17 +60,19 @@ def _mapped(path, dtype): return np.asarray(np.memmap(path, dtype, 'r')) if os.p
 # %% ../nbs/19_mining.ipynb #54c48816
 class Corpus:
     "Distinct texts in a folder."
+    @checked
     def __init__(self,
-        folder, # that `build` filled
+        folder:str|Path, # that `build` filled
     ):
         p = Path(folder)
         self.bytes,self.ends,self.keys = (_mapped(p/k, t) for k,t in (('texts','u1'), ('ends','<i8'), ('keys','<u8')))
         self.sorted,self.order = _mapped(p/'sorted', '<u8'),_mapped(p/'order', '<i8')
 
     @classmethod
+    @checked
     def build(cls,
         blocks:Iterable, # of lists of texts
-        folder,          # that exists
+        folder:str|Path, # that exists
     ):
         "Write the distinct texts of a stream."
         p,seen,end = Path(folder),_Seen(),0
@@ -89,7 +92,8 @@ class Corpus:
 
     def __len__(self): return len(self.ends)
     def __getitem__(self, i) -> str: return self.bytes[self.ends[i-1] if i else 0:self.ends[i]].tobytes().decode()
-    def blocks(self, size=4096, start=0) -> Iterator:
+    @checked(size=1)
+    def blocks(self, size:int=4096, start:int=0) -> Iterator:
         "Lists of `size` texts."
         return ([self[i] for i in range(s, min(s+size, len(self)))] for s in range(start, len(self), size))
     def find(self,
@@ -102,6 +106,7 @@ class Corpus:
 # %% ../nbs/19_mining.ipynb #65ba7f3b
 KNOWN = np.dtype([('query','<u8'), ('text','<u8'), ('grade','<f8')])
 
+@checked
 def query_keys(
     rows:list, # of pairs
 ) -> np.ndarray: # (n, 2) uint64: by words, by id
@@ -124,14 +129,16 @@ def _entries(rows, keep):
 # %% ../nbs/19_mining.ipynb #3454c49c
 class Known:
     "What the pairs say about their questions: text -> grade, 1 for a positive."
+    @checked
     def __init__(self,
-        folder, # that `build` filled
+        folder:str|Path, # that `build` filled
     ): self.table = _mapped(Path(folder)/'known', KNOWN)
 
     @classmethod
+    @checked
     def build(cls,
         blocks:Iterable, # of lists of pairs
-        folder,          # that exists
+        folder:str|Path, # that exists
         keep:bool=True,  # do negatives with the grade 0 count?
     ):
         "Write down what all pairs say."
@@ -149,6 +156,7 @@ class Known:
                 f.write(e[last].tobytes()); p.unlink()            # of several grades the best
         return cls(folder)
 
+    @checked
     def look(self,
         rows:list, # of pairs
     ) -> list: # one {key of a text: grade} a row
@@ -169,6 +177,7 @@ class Found(NamedTuple):
     ids:np.ndarray     # (q, k) numbers of texts, -1 where there were no more
     scores:np.ndarray  # (q, k) float32
 
+@checked(k=1)
 def best_few(
     scores:np.ndarray, # (n,) of all texts
     k:int,
@@ -196,8 +205,9 @@ def _words(texts): return tokenize(texts, stopwords='en', return_ids=False, show
 class WordSearch:
     "Ranking by shared words (Lucene's BM25, English stop words), from an index on disk."
     name = 'bm25'
+    @checked
     def __init__(self,
-        folder, # that `build` filled
+        folder:str|Path, # that `build` filled
     ):
         self.index = BM25.load(folder, mmap=True, show_progress=False)
         s = self.index.scores
@@ -205,9 +215,10 @@ class WordSearch:
         self.mean = json.loads((Path(folder)/'mean.json').read_text())      # words of a text, on average
 
     @classmethod
+    @checked
     def build(cls,
         corpus:Corpus,
-        folder,               # that exists
+        folder:str|Path,      # that exists
         progress:bool=False,  # show a bar?
     ):
         "Index a corpus."
@@ -229,6 +240,7 @@ class WordSearch:
     def queries(self, rows): return [r['query'] for r in rows]
     def _ids(self, words): return [self.index.vocab_dict[w] for w in words if w in self.index.vocab_dict]
 
+    @checked(k=1)
     def find(self,
         queries:list, # of strings
         k:int,        # texts a question, at most
@@ -261,6 +273,7 @@ def _outside(self:WordSearch, ids, words):
     return sum(rare(i)*times[i]/(times[i]+norm) for i in ids if i in times)
 
 @patch
+@checked
 def score(self:WordSearch,
     queries:list, # of strings
     texts:list,   # one for each
@@ -273,10 +286,11 @@ def score(self:WordSearch,
     return out
 
 # %% ../nbs/19_mining.ipynb #32ab2f78
+@checked(dim=1, block=1)
 def encode_corpus(
     corpus:Corpus,
     encoder:ChromaMoE,
-    path,                 # file of vectors
+    path:str|Path,        # file of vectors
     dim:int|None=None,    # keep the first so many numbers of a vector
     block:int=1024,       # texts at a time
     progress:bool=False,  # show a bar?
@@ -304,6 +318,7 @@ def _from_order(order):
     bits = (order>>32).int()
     return torch.where(bits<0, bits ^ 0x7fffffff, bits).view(torch.float32), 0xffffffff-(order & 0xffffffff)
 
+@checked(k=1, block=1, tile=1)
 def top_k(
     queries,         # (q, d) float32
     docs,            # (n, d) float32, mapped or in memory
@@ -331,9 +346,10 @@ def _faiss():
         raise ChromaError("an approximate index needs FAISS, which is not installed: pip install 'chroma-moe[faiss]', or leave --index exact") from None
     return faiss
 
+@checked
 def build_faiss(
     vectors,  # (n, d) float32, mapped
-    path,     # file of the index
+    path:str|Path, # file of the index
     seed:int=0,
 ):
     "Index vectors in about 4 sqrt(n) groups, a byte a number."
@@ -345,6 +361,7 @@ def build_faiss(
     for s in range(0, n, 65536): index.add(np.array(vectors[s:s+65536]))
     faiss.write_index(index, str(path))
 
+@checked(k=1, probes=1, tile=1)
 def faiss_search(
     index,     # of `faiss.read_index`
     vectors,   # (n, d), mapped
@@ -368,6 +385,7 @@ def faiss_search(
 class VectorSearch:
     "Ranking by the cosine of a model's vectors, which lie on disk."
     name = 'dense'
+    @checked(dim=1, probes=1)
     def __init__(self,
         vectors,               # (n, dim), mapped
         encoder:ChromaMoE,
@@ -388,6 +406,7 @@ class VectorSearch:
         out = np.empty((len(pairs), self.vectors.shape[1]), np.float32)
         for p,at in prompts.items(): out[at] = parts[p]
         return out
+    @checked(k=1)
     def find(self,
         queries:list, # of strings
         k:int,        # texts a question
@@ -397,6 +416,7 @@ class VectorSearch:
         if self.index is not None: return faiss_search(self.index, self.vectors, q, k, self.probes)
         return top_k(q, self.vectors, k, device=self.encoder.device)
 
+    @checked
     def score(self,
         queries:list, # of strings
         texts:list,   # one for each
@@ -409,6 +429,7 @@ class VectorSearch:
         return (q*d).sum(1)
 
 # %% ../nbs/19_mining.ipynb #9e98c864
+@checked
 def positive_aware(
     scores,                    # (n, k) of the candidates
     positive,                  # (n,) of the positive
@@ -436,9 +457,8 @@ class Rules:
     seed:int = 0                         # of the draw
 
     def __post_init__(self):
-        need(self.negatives>0, f'negatives is {self.negatives}: give 1 or more')
+        check_fields(self, negatives=1, pick=('hardest','random'))
         need(1<=self.first<=self.last, f'the ranks go from {self.first} to {self.last}: give 1 or more, and the smaller one first')
-        need(self.pick in ('hardest','random'), f"pick is '{self.pick}': give hardest or random")
         for r in _values(self.relative): need(0<=r<=1, f'relative is {r}: give a share of the score, such as 0.95, or 0 for no limit')
         for a in _values(self.absolute): need(a>=0, f'absolute is {a}: give a distance of 0 or more')
 
@@ -498,6 +518,7 @@ def choose(
 # %% ../nbs/19_mining.ipynb #d5660d13
 class Miner:
     "Finds negatives for pairs."
+    @checked
     def __init__(self,
         corpus:Corpus,
         known:Known,
@@ -516,6 +537,7 @@ class Miner:
         keys = self.corpus.keys[np.maximum(ids, 0)]
         return [[c for c in zip(*row) if c[1]>=0] for row in zip(keys.tolist(), ids.tolist(), near.tolist())]
 
+    @checked
     def block(self,
         rows:list,   # of pairs
         start:int=0, # number of the first
@@ -549,13 +571,13 @@ def _own_texts(blocks): return ([t for r in rows for t in (r['positive'], *r['ne
 RETRIEVERS = ('bm25', 'dense')
 
 def _check(retrievers, index, model):
-    for r in retrievers: need(r in RETRIEVERS, f"the retriever is '{r}': give {' or '.join(RETRIEVERS)}")
     need(index in ('exact','faiss'), f"the index is '{index}': give exact or faiss")
     need('dense' not in retrievers or model is not None, 'dense retrieval needs a model: give the folder of one, or take bm25')
     if index=='faiss': _faiss()
 
+@checked(dim=1, probes=1, index=('exact','faiss'), retrievers=RETRIEVERS)
 def prepare(
-    folder,                       # for the index; what is there already is used
+    folder:str|Path,              # for the index; what is there already is used
     blocks:Callable,              # () -> lists of pairs, all of them
     corpus:Callable|None=None,    # () -> lists of texts; None takes those of the pairs
     retrievers:tuple=('bm25',),   # bm25, dense or both
@@ -581,6 +603,7 @@ def prepare(
     return Miner(corpus_, known, searches, rules)
 
 # %% ../nbs/19_mining.ipynb #c6f9a783
+@checked
 def mining_report(
     count:Counter,
 ) -> dict: # plain values
@@ -593,6 +616,7 @@ def mining_report(
                 mined_per_row=round(count['mined']/rows, 3), negatives_per_row=round((count['mined']+count['given_kept'])/rows, 3),
                 rows_without_mined=count['mined_none'], rows_without_negatives=count['without'])
 
+@checked
 def mining_table(
     report:dict, # of `mining_report`
 ) -> str:
@@ -607,6 +631,7 @@ def mining_table(
     return '\n'.join(lines)
 
 # %% ../nbs/19_mining.ipynb #0bd5d144
+@checked(block=1, retrievers=RETRIEVERS)
 def mine(
     rows:list,                    # of pairs
     corpus:list|None=None,        # texts; None takes the positives and negatives of the pairs
@@ -723,10 +748,11 @@ def _append(folder, log, entry, stream, miner, block, pack, workers, progress):
     return count
 
 # %% ../nbs/19_mining.ipynb #fc8c15b4
+@checked(dim=1, probes=1, block=1, max_bad=(0,1), index=('exact','faiss'), retrievers=RETRIEVERS)
 def mine_pairs(
-    sources,                      # NAME or PATH of pairs, or several; each is read once
-    out,                          # file: .jsonl or .jsonl.zst
-    corpus=(),                    # NAME or PATH of texts to mine from, or several; () takes the texts of the pairs
+    sources:str|list[str],        # NAME or PATH of pairs, or several; each is read once
+    out:str|Path,                 # file: .jsonl or .jsonl.zst
+    corpus:str|list[str]|tuple=(), # NAME or PATH of texts to mine from, or several; () takes the texts of the pairs
     retrievers:tuple=('bm25',),   # bm25, dense or both
     model:str|None=None,          # folder of a model, for dense
     rules:Rules=Rules(),
@@ -780,6 +806,7 @@ def _per_retriever(values, what):
     return out.get('', out) if out else None
 
 @cli
+@checked(dim=1, probes=1, block=1, index=('exact','faiss'), pick=('hardest','random'), retriever=RETRIEVERS)
 def chroma_mine(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic

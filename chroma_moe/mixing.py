@@ -8,11 +8,12 @@ __all__ = ['parse_weight', 'Stream', 'texts', 'pairs']
 # %% ../nbs/02a_mixing.ipynb #575c67b8
 import numpy as np
 from fastcore.basics import patch
-from .config import STRATEGIES, need
+from .config import STRATEGIES, checked, need
 from .world import parse_size
 from .sources import open_source
 
 # %% ../nbs/02a_mixing.ipynb #178a01ab
+@checked
 def parse_weight(
     spec:str, # SOURCE[=WEIGHT]
 ) -> tuple: # source, weight or None
@@ -27,6 +28,7 @@ def parse_weight(
 # %% ../nbs/02a_mixing.ipynb #7c3845cb
 class Stream:
     "Rows of one or several sources in a fixed order; iterate once for each epoch."
+    @checked(strategy=STRATEGIES, ranks=1)
     def __init__(self,
         readers:list,    # of `Reader`
         weights:list,    # one for each
@@ -124,6 +126,7 @@ def state(self:Stream) -> dict: # plain values, for JSON
                 names=[r.name for r in self.readers], shuffle=self.shuffle, seed=self.seed)
 
 @patch
+@checked
 def load(self:Stream,
     state:dict, # of `state`, of a stream with the same sources
 ):
@@ -157,9 +160,10 @@ def _stream(kind, sources, size, seed, split, strategy, max_bad, shuffle, rank, 
     return Stream(readers, [w or 1. for w in weights], strategy, None if size=='all' else parse_size(size), shuffle, seed,
                   rank*workers+worker, ranks*workers)
 
+@checked(max_bad=(0,1), strategy=STRATEGIES, ranks=1, workers=1)
 def texts(
-    sources='world',         # 'NAME_OR_PATH[=WEIGHT]', or several of them
-    size='all',              # rows of an epoch, at most: a number, '10k', '2m', or 'all' (20k of the endless `world`)
+    sources:str|list[str]='world', # 'NAME_OR_PATH[=WEIGHT]', or several of them
+    size:str|int='all',      # rows of an epoch, at most: a number, '10k', '2m', or 'all' (20k of the endless `world`)
     seed:int=0,              # of the built-in corpus, and of the order
     split:str='train',       # train, valid or test
     strategy:str='weighted', # shares: weighted, equal or proportional
@@ -173,9 +177,10 @@ def texts(
     "Stream rows for phase 1."
     return _stream('text', sources, size, seed, split, strategy, max_bad, shuffle, rank, ranks, worker, workers)
 
+@checked(max_bad=(0,1), strategy=STRATEGIES, ranks=1, workers=1)
 def pairs(
-    sources='world',         # 'NAME_OR_PATH[=WEIGHT]', or several of them
-    size='all',              # rows of an epoch, at most
+    sources:str|list[str]='world', # 'NAME_OR_PATH[=WEIGHT]', or several of them
+    size:str|int='all',      # rows of an epoch, at most
     seed:int=0,              # of the built-in corpus, and of the order
     split:str='train',       # train, valid or test
     strategy:str='weighted', # shares: weighted, equal or proportional

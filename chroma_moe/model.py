@@ -18,13 +18,13 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from . import __version__
-from .config import ModelConfig, ChromaError, ConfigError, build, count_params, need
+from .config import ChromaError, ConfigError, ModelConfig, build, checked, count_params, need
 from .files import json_of, write_whole
 from .packing import Packed
 from .attention import Cache, RMSNorm, make_attention, prepare, rope_frequencies, rope_table
 from .moe import feed_forward, stack_stats
 from .pooling import LatentPooling
-from .precision import restore_weights, shrink_weights
+from .precision import WEIGHTS, restore_weights, shrink_weights
 
 # %% ../nbs/09_model.ipynb #5f33bc7a
 def make_norm(m:ModelConfig) -> nn.Module:
@@ -69,6 +69,7 @@ def writes_stream(
     "Is this one of the matrices that write into the residual stream?"
     return name.endswith(('attention.out.weight','moe.down','moe.shared.down.weight'))
 
+@checked
 def init_weights(
     model:nn.Module,
     m:ModelConfig,
@@ -87,6 +88,7 @@ def init_weights(
 # %% ../nbs/09_model.ipynb #ff9651c8
 class ChromaModel(nn.Module):
     "Embedding, blocks, and two heads: the tied vocabulary and the pooling."
+    @checked
     def __init__(self, m:ModelConfig, seed:int=0):
         super().__init__()
         self.m,self._tables = m,{}
@@ -144,6 +146,7 @@ class ChromaModel(nn.Module):
 
 # %% ../nbs/09_model.ipynb #0aab0257
 @patch
+@checked(texts=1, length=1)
 def new_caches(
     self:ChromaModel,
     texts:int,  # B
@@ -169,6 +172,7 @@ def step(
 # %% ../nbs/09_model.ipynb #d53ce4c4
 FORMAT = 2 # of the folder, at most; a folder is given the lowest number that can say what it holds, and 2 is needed for int8 weights
 
+@checked
 def weights_digest(
     weights:dict[str,Tensor],
 ) -> str: # 64 hexadecimal digits
@@ -179,9 +183,10 @@ def weights_digest(
         h.update(f'{k} {w.dtype} {tuple(w.shape)}\n'.encode()); h.update(w.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+@checked(kind=WEIGHTS)
 def save_model(
     model:ChromaModel,
-    folder,      # made if missing
+    folder:str|Path, # made if missing
     kind:str='float32', # of the weights: float32 (or whatever they are), bfloat16 or int8
 ):
     "Write `config.json` and `model.safetensors`."
@@ -204,8 +209,9 @@ def _read(folder, name):
     need(p.is_file(), f"'{folder}' has no {name}: give a folder that was written by save_model or ChromaMoE.save_pretrained")
     return p
 
+@checked
 def read_model_config(
-    folder, # written by `save_model`
+    folder:str|Path, # written by `save_model`
 ) -> ModelConfig:
     "The sizes of a saved model, or what is wrong with its config.json."
     p = _read(folder, 'config.json')
@@ -217,8 +223,9 @@ def read_model_config(
     except ConfigError as e: raise ConfigError(f"'{p}': {e} ({by})") from None
 
 # %% ../nbs/09_model.ipynb #a80a9e1d
+@checked
 def read_weights(
-    folder,      # written by `save_model`
+    folder:str|Path, # written by `save_model`
 ) -> dict[str,Tensor]: # as `state_dict` gives them; bf16 and int8 have become float32
     "The weights of a saved model."
     p = _read(folder, 'model.safetensors')
@@ -230,8 +237,9 @@ def read_weights(
     need(about.get('sha256') in (None, weights_digest(found)), f"'{p}' has changed since it was written (its SHA-256 is another): copy it again")
     return restore_weights(found)
 
+@checked
 def load_model(
-    folder,      # written by `save_model`
+    folder:str|Path, # written by `save_model`
 ) -> ChromaModel:
     "Read a model, refusing what does not fit together."
     m,p = read_model_config(folder), Path(folder)/'model.safetensors'

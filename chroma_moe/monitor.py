@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 import numpy as np, torch
 from tqdm import tqdm
-from .config import ChromaError, ModelConfig, flops_per_token, need
+from .config import ABOVE_0, ChromaError, ModelConfig, checked, flops_per_token, need
 from .sink import WandbSink, say
 
 # %% ../nbs/14b_monitor.ipynb #a2123536
@@ -34,8 +34,9 @@ def _as_json(row:dict) -> tuple[dict,str]:
         return row, json.dumps(row, default=str)
 
 # %% ../nbs/14b_monitor.ipynb #0e270f2c
+@checked
 def metrics_rows(
-    path, # of a metrics.jsonl
+    path:str|Path, # of a metrics.jsonl
 ) -> Iterator[dict]:
     "Rows of a metrics file, one at a time; a last line cut short by a kill is left out."
     bad = 0
@@ -47,8 +48,9 @@ def metrics_rows(
             if isinstance(row, dict): yield row
             else: bad = i
 
+@checked
 def read_metrics(
-    path, # of a metrics.jsonl
+    path:str|Path, # of a metrics.jsonl
 ) -> list[dict]:
     "Rows of a metrics file, all at once."
     return list(metrics_rows(path))
@@ -87,8 +89,9 @@ def _rewrite(path, stays:Callable) -> int: # lines that were not JSON
 # %% ../nbs/14b_monitor.ipynb #5dfeb138
 class MetricsLog:
     "Rows of figures, kept in a file, or in memory where there is none."
+    @checked
     def __init__(self,
-        path=None,  # of a metrics.jsonl; None keeps the rows in memory
+        path:str|Path|None=None, # of a metrics.jsonl; None keeps the rows in memory
         wandb=None, # of `start_wandb`; gets every row too
     ):
         self.path,self.wandb,self._kept,self._late = Path(path) if path else None, wandb, [], b''
@@ -115,6 +118,7 @@ class MetricsLog:
         except OSError as e:
             if first: say(f'{self.path} cannot be written ({e.strerror}): training goes on, and the rows are tried again with the next')
 
+    @checked
     def resume(self,
         step:int,            # of the checkpoint that training goes on from
         phase:str|None=None, # whose rows are meant; None is every row
@@ -153,6 +157,7 @@ def peak_flops(
     name = torch.cuda.get_device_name(device) if device.type=='cuda' else ''
     return next((1e12*v for k,v in PEAKS.items() if re.search(rf'\b{k}\b', name)), None)
 
+@checked(devices=1, length=1, masked=(0,1))
 def mfu(
     tokens_per_second:float, # of the whole run
     m:ModelConfig,           # what is trained
@@ -182,6 +187,7 @@ def in_words(
 
 class Progress:
     "A live line: steps, time left, loss, tokens a second, MFU."
+    @checked(steps=1)
     def __init__(self,
         steps:int,    # of the whole phase
         start:int=0,  # done before
@@ -206,6 +212,7 @@ def load_entropy(
     "Entropy of each row, 1 at perfect balance."
     return -(load*np.log(np.maximum(load, 1e-12))).sum(-1)/math.log(max(2, load.shape[-1]))
 
+@checked(top_k=1)
 def routing_faults(
     load:np.ndarray, # (layers, E) shares of all choices
     top_k:int=2,     # K, experts a token chooses
@@ -226,6 +233,7 @@ def routing_faults(
 FAULTS = dict(most='{n} experts take most of a layer', dead='dead experts', entropy='entropy falls')
 REMEDY = '. Raise model.moe.balance, or set model.moe.bias_rate=0.001' # said the first time
 
+@checked(top_k=1)
 def routing_warnings(
     summary:list[dict],     # of `routing_summary`, one a layer
     top_k:int=2,            # K, experts a token chooses
@@ -252,6 +260,7 @@ def _sentence(kind, layers, names, top_k):
     return what + f', and {len(layers)-3} more layers'*(len(layers)>3)
 
 # %% ../nbs/14b_monitor.ipynb #e74feef9
+@checked(width=ABOVE_0, height=ABOVE_0)
 def new_figure(
     width:float,  # inches
     height:float, # inches
@@ -269,6 +278,7 @@ def _heat(ax, load_LE, title, extent=None, across=('expert','layer'), rows=None)
     if rows and len(rows)<=12: ax.set_yticks(range(len(rows)), rows)
     return image
 
+@checked
 def routing_figure(
     history:list,      # of (step, (layers, E) shares), oldest first
     domains:dict|None=None, # {domain: (layers, E) shares}
@@ -295,6 +305,7 @@ def routing_figure(
 # %% ../nbs/14b_monitor.ipynb #4212711b
 class Monitor:
     "Watches routing: says what goes wrong, and draws it."
+    @checked(keep=1, window=1)
     def __init__(self,
         m:ModelConfig|None=None, # for K and the numbers of the layers; None is top-2, counted from 0
         wandb:WandbSink|None=None, # gets the pictures too
@@ -342,7 +353,8 @@ class Monitor:
         last = [self.last] if self.history and self.history[-1][0]!=self.last[0] else []
         return routing_figure(self.history+last, self.domains, self._names(self.last[1].shape[0]) if self.history else None)
 
-    def save(self, folder, last=True) -> Path|None: # where the picture is; None where none was drawn
+    @checked
+    def save(self, folder:str|Path, last:bool=True) -> Path|None: # where the picture is; None where none was drawn
         "Draw `routing.png` into `folder` and send it; with `last=False` only if there is time for it."
         if not self.history or (not last and self.drawing>0.01*(time.monotonic()-self.began)): return None
         start,path,new = time.monotonic(), Path(folder)/'routing.png', Path(folder)/'.routing.tmp'

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np, torch
-from .config import ChromaError, count_params, need
+from .config import ChromaError, checked, count_params, need
 from .encoder import ChromaMoE
 from .sources import explain, hub
 from .world import World
@@ -28,6 +28,7 @@ def need_mteb():
 # %% ../nbs/21a_mteb_tasks.ipynb #c3a77708
 MTEB_NAMES = dict(msmarco='MSMARCO', nq='NQ', stsb='STSBenchmark', stsb_scores='STSBenchmark', quora='QuoraRetrieval', esci='ESCIReranking')
 
+@checked
 def trained_on(
     encoder:ChromaMoE,
 ) -> set|None: # names of data sets, as MTEB says them; None is unknown
@@ -36,6 +37,7 @@ def trained_on(
     if not phases: return None
     return {MTEB_NAMES.get(name := str(s).partition('@')[0].partition(':')[0], name) for p in phases for s in p.get('data') or ()}
 
+@checked
 def model_meta(
     encoder:ChromaMoE,
     name:str='chroma-moe/model', # organisation/model
@@ -52,6 +54,7 @@ def model_meta(
         similarity_fn_name='cosine', use_instructions=bool(encoder.prompts), training_datasets=trained_on(encoder))
 
 # %% ../nbs/21a_mteb_tasks.ipynb #d9299e16
+@checked
 def find_prompt(
     prompts:dict,         # task, type of task, or role -> words
     task:str,             # name of a task
@@ -68,6 +71,7 @@ def _unit(v): return torch.nn.functional.normalize(torch.as_tensor(np.asarray(v)
 
 class MtebEncoder:
     "A model, as MTEB calls it."
+    @checked
     def __init__(self,
         encoder:ChromaMoE,
         name:str='chroma-moe/model', # organisation/model
@@ -227,9 +231,10 @@ def _hash_files(folder):
         h.update(f'{p.relative_to(folder)}\0{p.stat().st_size}\0'.encode() + p.read_bytes())
     return h.hexdigest()
 
+@checked
 def finmteb_tasks(
-    names=None,         # names of tasks; all 35 by default
-    data=None,          # folder of copies; the hub by default
+    names:str|list|None=None, # names of tasks; all 35 by default
+    data:str|Path|None=None, # folder of copies; the hub by default
 ) -> list: # of tasks of MTEB
     "FinMTEB's English tasks, for MTEB."
     need_mteb()
@@ -250,8 +255,9 @@ def _write(path, rows):
 _README = '---\nconfigs:\n' + ''.join(f'- config_name: {c}\n  data_files:\n  - split: {s}\n    path: {f}.jsonl\n'
                                       for c,s,f in (('default','train','qrels'), ('corpus','corpus','corpus'), ('queries','queries','queries'))) + '---\n'
 
+@checked(n=1)
 def stand_ins(
-    folder,         # gets one folder a data set
+    folder:str|Path, # gets one folder a data set
     n:int=20,       # pairs, texts a class, questions
     seed:int=0,     # of the world
 ) -> list: # names of the tasks that can run on them
@@ -349,10 +355,11 @@ def _mark(model):
     for k,v in model.state_dict().items(): h.update(k.encode()+v.detach().cpu().to(torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:12]
 
+@checked
 def score_tasks(
-    encoder,            # a `ChromaMoE`, or any model that MTEB knows, such as one of sentence-transformers
+    encoder:ChromaMoE,  # a `ChromaMoE`, or any model that MTEB knows, such as one of sentence-transformers
     tasks:list,         # of MTEB
-    out,                # folder for MTEB's results
+    out:str|Path,       # folder for MTEB's results
     benchmark:str,      # for the rows
     note:str='',        # for the rows
     trouble=None,       # what keeps the hub away
@@ -380,6 +387,7 @@ def score_tasks(
     return rows
 
 # %% ../nbs/21a_mteb_tasks.ipynb #bb80b87d
+@checked
 def means(
     rows:list[dict],      # of FinMTEB's tasks
     system:str='ChromaMoE',
@@ -397,12 +405,13 @@ def means(
     return by_type() + [mean(of, name, 'average', 'mean of 7 type means') for of,name in ((all7, 'average'), (without, f'average without {DOUBLED}'))]
 
 # %% ../nbs/21a_mteb_tasks.ipynb #6a50edba
+@checked
 def run_finmteb(
-    encoder,              # a `ChromaMoE`, or any model that MTEB knows
-    out,                  # folder for MTEB's results
+    encoder:ChromaMoE,    # a `ChromaMoE`, or any model that MTEB knows
+    out:str|Path,         # folder for MTEB's results
     debug:bool=False,     # the stand-ins instead of the real data?
-    tasks=None,           # names; all 35 by default
-    data=None,            # folder of copies of the data sets; the hub by default
+    tasks:str|list|None=None, # names; all 35 by default
+    data:str|Path|None=None, # folder of copies of the data sets; the hub by default
     prompts:dict|None=None, # more words: task, type of task, or role -> words
 ) -> list[dict]: # rows
     "Score a model on FinMTEB's English tasks."
@@ -434,9 +443,10 @@ def mteb_tasks(
             raise ChromaError(f"'{n}' is no task or benchmark of MTEB ({e.args[0]}): see mteb.get_tasks() and mteb.get_benchmarks()") from None
     return 'mteb', found
 
+@checked
 def run_mteb(
-    encoder,              # a `ChromaMoE`, or any model that MTEB knows
-    out,                  # folder for MTEB's results
+    encoder:ChromaMoE,    # a `ChromaMoE`, or any model that MTEB knows
+    out:str|Path,         # folder for MTEB's results
     debug:bool=False,     # the library's mock tasks instead of real data?
     tasks=None,           # names, or the name of a benchmark
     prompts:dict|None=None, # more words: task, type of task, or role -> words

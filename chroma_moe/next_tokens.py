@@ -7,10 +7,12 @@ __all__ = ['next_batch']
 
 # %% ../nbs/12a_next_tokens.ipynb #eb1f581d
 import torch
+from .config import checked
 from .masking import Masked
 from .packing import pack
 
 # %% ../nbs/12a_next_tokens.ipynb #924a60b0
+@checked
 def next_batch(
     texts:list, # B sequences of token ids, none empty
 ) -> Masked:

@@ -10,7 +10,7 @@ __all__ = ['decays', 'newton_schulz', 'matrix_parts', 'muon_direction', 'is_hidd
 import math
 import torch
 from torch import Tensor
-from .config import OptimConfig, need
+from .config import OptimConfig, checked, need
 
 # %% ../nbs/13_optim.ipynb #501ad4f3
 def decays(
@@ -129,6 +129,7 @@ class Muon(torch.optim.Optimizer):
             if m is not None: self.state[p]['momentum'] = m.to(p.device, copy=True)
 
 # %% ../nbs/13_optim.ipynb #59239c7b
+@checked
 def make_optimizer(
     named:list,      # (name, parameter) pairs
     c:OptimConfig,
@@ -153,6 +154,7 @@ def make_optimizer(
     return Muon([muon, *[dict(g, betas=c.betas, eps=c.eps) for g in groups]], lr)
 
 # %% ../nbs/13_optim.ipynb #41f30646
+@checked(steps=1, warmup=(0,1))
 def learning_rate(
     step:int,    # 0 to steps-1
     steps:int,   # S

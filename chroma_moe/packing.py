@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 import numpy as np, torch
 from torch import Tensor
-from .config import need
+from .config import checked, need
 
 # %% ../nbs/04_packing.ipynb #d0999454
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def pack(
                   tuple(prompts.tolist()))
 
 # %% ../nbs/04_packing.ipynb #94d64583
+@checked(budget=1, max_texts=1)
 def token_batches(
     lengths:list,        # tokens in each text
     budget:int,          # tokens in a batch, at most (a longer text gets a batch of its own)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from .config import need
+from .config import checked, need
 from .moe import RoutingStats
 
 # %% ../nbs/14_parallel.ipynb #a981ffd1
@@ -21,7 +21,8 @@ BUCKET = 1<<26 # numbers that are sent at once
 
 class Ranks:
     "The processes that train one model together. Made without an accelerator it is one process alone."
-    def __init__(self, accelerator=None, precision='fp32', sharded=False, expert=1):
+    @checked(expert=1)
+    def __init__(self, accelerator=None, precision:str='fp32', sharded:bool=False, expert:int=1):
         self.accelerator,self.precision,self.sharded = accelerator,precision,sharded # sharded: each keeps a share of the weights
         self.expert,self.family,self.twins = expert,None,None  # processes that share a layer's experts; groups: those, and those with the same experts
         self.rank,self.n = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -126,6 +127,7 @@ def whole_stats(
     return RoutingStats(count.view_as(stats.count), None, None, tokens.view_as(stats.tokens))
 
 # %% ../nbs/14_parallel.ipynb #5cfaa7fd
+@checked(ranks=1)
 def deal(
     lengths:list[int],  # tokens in each text
     ranks:int=1,        # processes
@@ -144,6 +146,7 @@ def deal(
     return [dealt[r*ranks:(r+1)*ranks] for r in range(rounds)]
 
 # %% ../nbs/14_parallel.ipynb #6c65523b
+@checked
 def how(
     n:int, # processes
 ) -> str:
@@ -165,6 +168,7 @@ def _parent():
     p = Path(f'/proc/{os.getppid()}/cmdline')
     return p.read_text(errors='replace').split('\0') if p.exists() else []
 
+@checked
 def choose_precision(
     asked:str,   # auto, fp32, bf16 or fp16
     device:str,  # cpu or cuda
@@ -185,6 +189,7 @@ def sharding_asked() -> bool:
     need(said('FSDP_ACTIVATION_CHECKPOINTING')!='true', 'fsdp_activation_checkpointing is true: set it to false, and model.checkpoint=true in its place')
     return True
 
+@checked(expert=1, precision=('auto','fp32','bf16','fp16'))
 def start(
     precision:str='auto', # auto, fp32, bf16 or fp16
     expert:int=1,         # processes that share the experts of each layer between them

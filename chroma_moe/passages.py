@@ -8,7 +8,7 @@ __all__ = ['borders', 'cut_texts']
 # %% ../nbs/03a_passages.ipynb #237e2f78
 import bisect, re
 import numpy as np
-from .config import need
+from .config import checked, need
 from .tokenizer import ChromaTokenizer
 
 # %% ../nbs/03a_passages.ipynb #7f74a51b
@@ -25,6 +25,7 @@ def _sentences(text):
         return m['mark']!='.' or not (word.lower() in _ABBREVIATIONS or len(word)==1 and word.isalpha() and word.isupper())
     return [m.end() for m in _SENTENCE.finditer(text) if ends(m)]
 
+@checked
 def borders(
     text:str,
 ) -> dict[str,list[int]]: # kind of border -> places in the text where a passage may begin, ascending
@@ -59,6 +60,7 @@ def _stripped(text, a, b):
     piece = text[a:b]
     return (a+len(piece)-len(piece.lstrip()), b-len(piece)+len(piece.rstrip())) if piece.strip() else (a, a)
 
+@checked(limit=1)
 def cut_texts(
     tokenizer:ChromaTokenizer,
     texts:list[str],

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 import torch
 from torch.nn import functional as F
-from .config import need
+from .config import checked, need
 from .tokenizer import BOS
 from .packing import pack, token_batches
 from .blockwise import ROOM
@@ -28,6 +28,7 @@ class Reading(NamedTuple):
     @property
     def bits_per_byte(self) -> float: return self.loss/math.log(2)/self.bytes if self.bytes else math.nan
 
+@checked
 def together(
     readings:list[Reading], # not empty
 ) -> Reading:
@@ -36,6 +37,7 @@ def together(
     return Reading(*map(sum, zip(*readings)))
 
 # %% ../nbs/21f_perplexity.ipynb #a09bd000
+@checked(n=1, window=1, stride=1)
 def windows(
     n:int,      # tokens of a text, `<bos>` with them
     window:int, # W, tokens that are read at once
@@ -51,6 +53,7 @@ def windows(
 
 # %% ../nbs/21f_perplexity.ipynb #e47f8e35
 @torch.no_grad()
+@checked(budget=1)
 def read_tokens(
     model:ChromaModel, # causal
     texts:list,        # token ids of each, `<bos>` first

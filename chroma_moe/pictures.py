@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .config import ChromaError, need
+from .config import ChromaError, need, checked
 from .files import write_whole
 from .world import World
 from .moe import MoE
@@ -37,6 +37,7 @@ def principal(
     axes = axes[:2]*np.sign(axes[[0,1], np.abs(axes[:2]).argmax(1)])[:,None]
     return x@axes.T, size[:2]**2/max((size**2).sum(), 1e-30)
 
+@checked
 def t_sne(
     vectors,    # (n, w)
     seed:int=0, # of its start
@@ -54,6 +55,7 @@ MARKS = 'o^sDvPX'
 
 def _style(i): return dict(color=COLOURS[i%8], marker=MARKS[i%7])
 
+@checked
 def map_figure(
     points,          # (n, 2)
     labels:Sequence, # (n,) a name for each point
@@ -73,8 +75,9 @@ def map_figure(
     ax.legend(fontsize=7.5, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return fig
 
+@checked(kind=('pca','tsne'))
 def map_of(
-    encoder,          # a `ChromaMoE`
+    encoder:ChromaMoE, # a `ChromaMoE`
     texts:list[str],
     labels:Sequence,  # a name for each text: its domain, sector, category
     kind:str='pca',   # or tsne
@@ -87,6 +90,7 @@ def map_of(
     return map_figure(points, labels, title, shares)
 
 # %% ../nbs/21d_pictures.ipynb #d34a09f0
+@checked(n=1)
 def short(
     text:str,
     n:int=34, # characters
@@ -95,6 +99,7 @@ def short(
     text = ' '.join(text.split())
     return text if len(text)<=n else text[:n-1].rstrip()+'…'
 
+@checked
 def similarity_figure(
     table,            # (rows, columns) of similarities
     rows:list[str],   # texts
@@ -120,8 +125,9 @@ def _frame(x, y):
     from matplotlib.patches import Rectangle
     return Rectangle((x-.5, y-.5), 1, 1, fill=False, ec=COLOURS[1], lw=2)
 
+@checked
 def similarity_map(
-    encoder,            # a `ChromaMoE`
+    encoder:ChromaMoE,  # a `ChromaMoE`
     queries:list[str],
     documents:list[str],
     right=(),           # (query, document) numbers of the pairs that belong together
@@ -130,12 +136,14 @@ def similarity_map(
     "Similarities of queries and documents, as a matplotlib `Figure`."
     return similarity_figure(encoder.encode_query(queries)@encoder.encode_document(documents).T, queries, documents, right, title)
 
+@checked
 def right_document(
     grades:dict, # document id -> gain
 ) -> str: # the id
     "The best answer to a query; of equal ones the first."
     return max(grades, key=grades.get)
 
+@checked(n=1)
 def some_pairs(
     tests:dict, # from `world_tests`
     n:int=4,    # a domain
@@ -153,8 +161,9 @@ class Encoded(NamedTuple):
     doc_ids:list
     qrels:dict         # query id -> {document id: gain}
 
+@checked
 def encode_tests(
-    encoder,    # a `ChromaMoE`
+    encoder:ChromaMoE, # a `ChromaMoE`
     tests:dict, # from `world_tests`
 ) -> dict: # name -> `Encoded`, of the tests that are searches
     "The vectors of all searches."
@@ -172,6 +181,7 @@ def _ranking(queries, docs, way, k=10): # -> (q, k) documents
     stored,first = {'binary, rescored': ('ubinary', None), 'binary, then int8': ('int8', 'binary')}.get(way, (way, None))
     return Index.of(docs, range(len(docs)), precision=stored).search(queries, k, first)[1]
 
+@checked
 def size_scores(
     encoded:dict, # of `encode_tests`
     dims:Sequence=(), # first numbers to keep; by default halves of the width, down to 16
@@ -190,6 +200,7 @@ def size_scores(
             out.append(dict(dim=dim, way=way, bytes=WAYS[way]*dim, value=mean, low=low, high=high, values=values.tolist()))
     return out
 
+@checked
 def size_figure(
     rows:list[dict], # of `size_scores`
     title:str='',
@@ -208,6 +219,7 @@ def size_figure(
     ax.legend(fontsize=7.5, frameon=False, loc='lower right')
     return fig
 
+@checked
 def size_table(
     rows:list[dict], # of `size_scores`
 ) -> str:
@@ -219,6 +231,7 @@ def size_table(
 # %% ../nbs/21d_pictures.ipynb #0f6c15bf
 FUNCTION_WORDS = frozenset('a an the of in on for and or by to with from at as is are was were it its this that be has have'.split())
 
+@checked
 def token_classes(
     tokenizer,
     visits:Visits,    # of some texts
@@ -242,6 +255,7 @@ class Atlas(NamedTuple):
     @property
     def lift(self): return self.share/np.maximum(self.average, 1e-9) # (classes, layers, E); 1 is as everybody
 
+@checked(most=1, least=1)
 def expert_words(
     visits:Visits,
     tokenizer,
@@ -261,8 +275,9 @@ def expert_words(
         out.append([list(dict.fromkeys(words[i] for i in best[:,e] if gain[i,e]>0))[:most] for e in range(E)])
     return out
 
+@checked
 def expert_atlas(
-    encoder,          # a `ChromaMoE` whose model has experts
+    encoder:ChromaMoE, # a `ChromaMoE` whose model has experts
     texts:list[str],
     domains:Sequence, # a domain for each text
 ) -> Atlas:
@@ -274,6 +289,7 @@ def expert_atlas(
     return Atlas({k: int(m.sum()) for k,m in classes.items()}, share, visits.load().numpy(), words, encoder.model.m.moe_layers)
 
 # %% ../nbs/21d_pictures.ipynb #fb8dbb77
+@checked(most=1)
 def atlas_figure(
     atlas:Atlas,
     layers:Sequence|None=None, # places of the layers to show; by default up to four, spread evenly
@@ -297,6 +313,7 @@ def atlas_figure(
     return fig
 
 # %% ../nbs/21d_pictures.ipynb #0fea2c26
+@checked(bins=1)
 def by_length(
     lengths,      # (n,) of the right documents
     values,       # (n,) scores of the queries
@@ -313,8 +330,9 @@ def by_length(
                     'middle': float(np.median(lengths[some])), 'value': mean, 'low': low, 'high': high})
     return out
 
+@checked
 def length_scores(
-    encoder,      # a `ChromaMoE`
+    encoder:ChromaMoE, # a `ChromaMoE`
     tests:dict,   # from `world_tests`
     encoded:dict|None=None, # of `encode_tests`, if it is at hand
 ) -> dict: # name -> bins of `by_length`
@@ -326,6 +344,7 @@ def length_scores(
         out[name] = by_length([len(t) for t in encoder.tokenizer.encode([corpus[d] for d in best], max_length=1<<30)], per_query(run, e.qrels))
     return out
 
+@checked
 def length_figure(
     bins:dict,   # name -> of `by_length`
     title:str='',
@@ -341,10 +360,11 @@ def length_figure(
     return fig
 
 # %% ../nbs/21d_pictures.ipynb #0b16516c
+@checked(n=1, dpi=1)
 def draw_all(
     encoder:ChromaMoE,
     tests:dict, # from `world_tests`
-    out,        # folder
+    out:str|Path, # folder
     seed:int=0, # of the world whose texts are mapped
     n:int=600,  # texts to map and to follow through the experts
     dpi:int=110,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .config import Config, ModelConfig, cli, count_params, flops_per_token, load_config, need
+from .config import ABOVE_0, Config, ModelConfig, check_fields, checked, cli, count_params, flops_per_token, load_config, need
 from .packing import pack
 from .model import ChromaModel
 from .optim import is_hidden_matrix
@@ -28,6 +28,8 @@ class Layout:
     n:int = 1            # processes
     expert:int = 1       # p, processes that share the experts of a layer between them
     sharded:bool = False # is the rest cut over all processes?
+
+    def __post_init__(self): check_fields(self, n=1, expert=1)
 
     def numbers(self, name:str, shape:tuple) -> int:
         "How many numbers of a parameter the fullest process keeps."
@@ -45,6 +47,7 @@ def _shapes(m):
 def _learns(name): return not name.startswith('pool.')                                  # in phase 1
 
 # %% ../nbs/24_plan.ipynb #c3e60ea6
+@checked
 def state_bytes(
     c:Config,
     l:Layout,
@@ -72,6 +75,7 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): _ = run()
     return sum(n for n,_ in kept.values())
 
+@checked
 @cache
 def kept_bytes(
     m:ModelConfig,
@@ -92,6 +96,7 @@ def kept_bytes(
     return 4*m.dim*m.layers + max(*kinds, pool) if m.checkpoint else sum(kinds) + pool
 
 # %% ../nbs/24_plan.ipynb #463ad280
+@checked
 def exchange_kept(
     m:ModelConfig,
     half:bool,      # in bfloat16?
@@ -110,6 +115,7 @@ class Sent(NamedTuple):
     over:str   # all, family (that shares a layer's experts) or twins (that have the same ones)
     bytes:int
 
+@checked
 def traffic(
     c:Config,
     l:Layout,
@@ -177,10 +183,10 @@ class Machine:
     price:float = 2.5      # of a GPU for an hour, in dollars
 
     def __post_init__(self):
-        for k,v in asdict(self).items(): need(k=='name' or v>0, f'{k} is {v}: it must be positive')
-        need(self.reached<=1, f'reached is {self.reached}: give a share of the peak, such as 0.35')
+        check_fields(self, gpus=1, reached=(ABOVE_0,1), **dict.fromkeys(('memory','peak','inside','outside','price'), ABOVE_0))
 
 # %% ../nbs/24_plan.ipynb #777f6477
+@checked
 def sending_time(
     s:Sent,
     l:Layout,
@@ -195,6 +201,7 @@ def sending_time(
     return s.bytes*(2 if s.how=='all-reduce' else 1)*(size-1)/size/speed
 
 # %% ../nbs/24_plan.ipynb #fedaa7f0
+@checked(tokens=1, parts=1)
 def layout_memory(
     c:Config,
     l:Layout,
@@ -218,6 +225,7 @@ def layout_memory(
     return out
 
 # %% ../nbs/24_plan.ipynb #49e116bd
+@checked(n=1)
 def layouts(
     c:Config,
     n:int, # processes
@@ -227,13 +235,13 @@ def layouts(
     experts = [p for p in range(1, min(E, n)+1) if E%p==0 and n%p==0]
     return [Layout(n, p, cut) for cut in (False,True)[:1 if n==1 or c.optim.name=='muon' else 2] for p in experts]
 
+@checked(n=1)
 def plan(
     c:Config,
     n:int=1,           # GPUs
     machine:Machine=Machine(),
 ) -> list[dict]: # one a layout: layout, fits, memory, traffic, compute, sending, step, hours, cost; those that fit first, fastest first
     "What phase 1 keeps, sends, takes and costs in each layout."
-    need(n>0, f'gpus is {n}: give 1 or more')
     p,m,half,out = c.pretrain,c.model,c.train.precision in ('auto','bf16'),[]
     need(p.batch_tokens>=n, f'pretrain.batch_tokens is {p.batch_tokens} for {n} GPUs: raise it')
     share = p.batch_tokens/n; parts = max(1, -(-p.batch_tokens//(n*c.train.micro_tokens))) if c.train.micro_tokens else 1
@@ -255,6 +263,7 @@ def _table(head, rows):
     widths = [max(map(len, col)) for col in zip(*cells)]
     return '\n'.join('  '.join(x.rjust(w) for x,w in zip(r, widths)) for r in cells)
 
+@checked(n=1)
 def describe(
     c:Config,
     n:int,                 # GPUs
@@ -286,6 +295,7 @@ def describe(
     return '\n'.join(out)
 
 @cli
+@checked(gpus=1, per_machine=1)
 def chroma_plan(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, debug, full, t4 or classic

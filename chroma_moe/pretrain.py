@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 import torch
-from .config import ChromaError, Config, ModelConfig, build, check_objective, cli, load_config, need, to_yaml
+from .config import ChromaError, Config, ModelConfig, build, check_objective, cli, load_config, need, to_yaml, checked
 from .files import write_whole
 from .mixing import texts
 from .tokenizer import ChromaTokenizer
@@ -35,6 +35,7 @@ from .training import Feed, Loss, Part, Trainer, accumulate, epochs, optimizer_s
 # %% ../nbs/16_pretrain.ipynb #58bdf4a5
 class TextBatches:
     "Batches from a list of texts, without end."
+    @checked(batch_tokens=1)
     def __init__(self,
         ids:list[list[int]], # token ids of each text
         batch_tokens:int,    # in a batch, at most; a longer text comes alone
@@ -54,6 +55,7 @@ class TextBatches:
     def load(self, state): self.order.load(state)
 
 # %% ../nbs/16_pretrain.ipynb #5c4404ad
+@checked
 def masked_part(
     texts:list, # token ids of each
     keys:list,  # (epoch, number) of each
@@ -67,6 +69,7 @@ def masked_part(
 
 class MaskedParts:
     "This process's parts of each step, without end."
+    @checked
     def __init__(self,
         ids:list[list[int]]|TokenStore,
         c:Config,
@@ -97,6 +100,7 @@ def masked_loss(
 # %% ../nbs/16_pretrain.ipynb #e841aa25
 class Validation:
     "Masked prediction on held-out texts."
+    @checked(budget=1)
     def __init__(self,
         domains:dict,          # domain -> token ids of its texts
         c:Config,
@@ -135,6 +139,7 @@ class Validation:
         return dict(eval_loss=round(sums[0]/sums[2], 6), eval_accuracy=round(sums[1]/sums[2], 6), eval=out)
 
 # %% ../nbs/16_pretrain.ipynb #d9942089
+@checked
 def dense_model(
     m:ModelConfig,
 ) -> ModelConfig:
@@ -142,6 +147,7 @@ def dense_model(
     need(m.moe.experts and not m.moe.dense, 'pretrain.dense_start needs a model with experts: set model.moe.experts, or pretrain.dense_start=0')
     return replace(m, moe=replace(m.moe, dense='start'))
 
+@checked
 def pretrain(
     c:Config,
     ids:list[list[int]]|TokenStore, # token ids of the texts, each marked `<bos>`
@@ -149,7 +155,7 @@ def pretrain(
     progress:bool=True,
     model:ChromaModel|None=None, # to go on from; by default a fresh one
     valid:dict|None=None,        # domain -> token ids of held-out texts
-    folder=None,                 # for checkpoints and pictures; None writes none
+    folder:str|Path|None=None,   # for checkpoints and pictures; None writes none
     resume:bool=False,           # go on from the newest checkpoint in `folder`, if there is one
     ranks:Ranks|None=None,       # by default one process
 ) -> ChromaModel:
@@ -172,9 +178,10 @@ def pretrain(
     return whole_model(run.model, ranks)
 
 # %% ../nbs/16_pretrain.ipynb #05fc55c4
+@checked
 def check_processes(
     ranks:Ranks,
-    folder, # that all must see
+    folder:str|Path, # that all must see
 ) -> list[str]: # sentences; a fault is a `ChromaError`
     "Check that the processes of a run work together."
     who = ranks.collect((ranks.rank, os.uname().nodename, os.getpid(), str(ranks.device), torch.get_num_threads()))
@@ -207,6 +214,7 @@ def check_processes(
     return [*said, f"'{folder}' is seen by all: the set-up is sound"]
 
 # %% ../nbs/16_pretrain.ipynb #09a3d52e
+@checked
 def load_tokenizer(
     c:Config,
 ) -> ChromaTokenizer:
@@ -220,6 +228,7 @@ def _rows(sources, size, c, split):
     d = c.data
     return texts(sources, size, d.seed, split, d.strategy, d.max_bad)
 
+@checked
 def load_texts(
     c:Config,
     tokenizer:ChromaTokenizer,
@@ -241,6 +250,7 @@ def load_texts(
 
 # %% ../nbs/16_pretrain.ipynb #c9354bc2
 @cli
+@checked
 def chroma_pretrain(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic

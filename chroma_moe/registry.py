@@ -14,7 +14,7 @@ import html, re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from .config import need
+from .config import check_fields, checked, need
 from .rows import ROW_KINDS, shown, text_fault
 
 # %% ../nbs/01b_registry.ipynb #fd55fb84
@@ -45,6 +45,7 @@ class Source:
     note:str = ''              # traps
 
     def __post_init__(self):
+        check_fields(self)
         need(self.kind in ROW_KINDS, f"source '{self.name}': kind is '{self.kind}': give {' or '.join(ROW_KINDS)}")
         need(self.training in TRAINING, f"source '{self.name}': training is '{self.training}': give {', '.join(TRAINING)}")
 
@@ -242,6 +243,7 @@ register(
 EVALUATION = re.compile(r'(datasets--)?(FinanceMTEB|FinMTEB|mteb)(--.*)?', re.I)
 MARK = 'EVALUATION_ONLY'
 
+@checked
 def evaluation_only(
     place:str, # a name, an id on the hub, or a path
 ) -> str: # '' where training is fine

@@ -7,10 +7,12 @@ __all__ = ['SAID', 'SYSTEMS', 'METRICS', 'HALVES', 'CURVES', 'BALANCE', 'verdict
 
 # %% ../nbs/25_report.ipynb #886201fe
 import os
+from .config import checked
 from .charts import Markup, bar_chart, figure, finite, heat_map, join, line_chart, mean, number, scatter, section, shorten, side_by_side
 from .charts import table, tag, write_page
 
 # %% ../nbs/25_report.ipynb #5c02d3a1
+@checked
 def verdict(
     grade:float|None, # of the judgement
 ) -> tuple: # words, colour
@@ -27,6 +29,7 @@ def _hit(h:dict) -> Markup: # text, score, grade
     said = tag('div', full) if short==full else tag('details', tag('summary', short, title=full), tag('div', full))
     return tag('li', tag('span', words, class_=f'grade {color}'), said, tag('span', number(h.get('score')), class_='score'))
 
+@checked
 def search_card(
     search:dict, # query, domain, hits; `order` if two texts compete
 ) -> Markup:
@@ -173,6 +176,7 @@ def _map_section(points:list) -> Markup:
                     side_by_side((figure(scatter(v, f'{h.capitalize()} texts'), SAID['points']) for h,v in halves.items()), 'Map'))
 
 # %% ../nbs/25_report.ipynb #ceebc5bb
+@checked
 def headline(
     summary:dict, # of the run
 ) -> str:
@@ -217,6 +221,7 @@ def _run_section(summary:dict) -> Markup:
     return section('How was it made?', table(['',''], rows, 'Facts of the run')) if rows else Markup()
 
 # %% ../nbs/25_report.ipynb #f1dc20d7
+@checked
 def write_report(
     path:str|os.PathLike, # where the page goes
     metrics:list[dict],   # rows: phase (pretrain, tune, bag), step, loss; perhaps accuracy, balance, valid_loss, valid_accuracy

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .config import need
+from .config import checked, need
 from .packing import pack, token_batches
 from .moe import MoE, RoutingStats, routing_summary
 
@@ -34,6 +34,7 @@ class Visits(NamedTuple):
         return {l: self.load(torch.tensor([x==l for x in labels])[self.text]) for l in dict.fromkeys(labels)}
 
 @torch.no_grad()
+@checked(budget=1)
 def trace_visits(
     model:nn.Module, # has `hidden(batch)` and layers of experts
     texts:list,      # token ids of each text
@@ -58,6 +59,7 @@ def trace_visits(
 # %% ../nbs/06a_routing.ipynb #01fcc86f
 class VisitCount:
     "While it is open, counts how many tokens each expert gets, whatever the model does."
+    @checked
     def __init__(self,
         model:nn.Module, # with layers of experts; without, nothing is counted
     ):

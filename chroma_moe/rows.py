@@ -10,7 +10,7 @@ import csv, itertools, json, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from .config import ChromaError
+from .config import ChromaError, check_fields, checked
 
 # %% ../nbs/01a_rows.ipynb #3f7c783c
 ROW_KINDS = ('text', 'pair')
@@ -75,6 +75,8 @@ class DataFile:
     path:str              # as people write it
     fs:object = None      # fsspec file system, None for the disk
     key:str = ''          # path inside `fs`
+
+    def __post_init__(self): check_fields(self)
 
     @property
     def suffix(self): return next((s for s in SUFFIXES if re.sub(r'\.(gz|zst)$', '', self.path.lower()).endswith(s)), '')
@@ -184,6 +186,7 @@ def _cell(batch, i):
     except UnicodeDecodeError as e: return None, f'not valid UTF-8, {e.object[e.start:e.start+1]!r} at byte {e.start}'
 
 # %% ../nbs/01a_rows.ipynb #e53ff23e
+@checked
 def records(
     file:DataFile,
     start:int=0,      # records to leave out

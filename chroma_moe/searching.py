@@ -7,13 +7,14 @@ __all__ = ['show_hits', 'chroma_search']
 
 # %% ../nbs/22b_searching.ipynb #ce3cdffc
 import sys, textwrap
-from .config import cli, need, visible
+from .config import cli, need, visible, checked
 from .indexing import FIRST, Index
 from .encoder import ChromaMoE
 from .training import tune_cpu
 from .encode import Texts, _files
 
 # %% ../nbs/22b_searching.ipynb #544dfe5f
+@checked(width=1)
 def show_hits(
     hits:list[dict], # of `search`
     lines:int=3,     # of each text, at most; 0 shows all
@@ -42,6 +43,7 @@ def _typed():
 
 # %% ../nbs/22b_searching.ipynb #a012f391
 @cli
+@checked(top_k=1, first=FIRST)
 def chroma_search(
     model:str='runs/demo/model', # folder, or owner/name on the hub
     index:str|None=None,   # folder that chroma_encode wrote
@@ -60,7 +62,6 @@ def chroma_search(
     "Search a collection."
     from json import dumps
     need(bool(index)!=bool(input), 'give --index, or --input with texts to be encoded now')
-    need(first in FIRST, f"first is '{first}': give int8 or binary"); need(top_k>0, f'top_k is {top_k}: give 1 or more')
     tune_cpu(threads)
     chroma = ChromaMoE.from_pretrained(model, device=device)
     if index: found = Index.open(index)

@@ -11,6 +11,7 @@ __all__ = ['FIELDS', 'log', 'Refusal', 'Limits', 'Offer', 'read_json', 'Request'
 import asyncio, hmac, ipaddress, json, logging, os, signal, socket, sys, threading
 from base64 import b64encode
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from .config import ChromaError, build, cli, need, read_text, read_yaml
+from .config import ChromaError, build, cli, need, read_text, read_yaml, ABOVE_0, check_fields, checked
 from .encoder import ChromaMoE, MARKERS, QUERY, encode_texts
-from .training import tune_cpu
+from .training import trim_memory, tune_cpu
 
 # %% ../nbs/23_serving.ipynb #3d59cd10
 class Refusal(ChromaError):
@@ -59,7 +60,7 @@ class Limits:
     waiting:int = 8_000_000   # characters that wait for the model
 
     def __post_init__(self):
-        for f in fields(self): need(getattr(self, f.name)>0, f'limit {f.name} is {getattr(self, f.name)}: it must be positive')
+        check_fields(self, 'limit ', **{f.name: 1 if f.type is int else ABOVE_0 for f in fields(self)})
 
 @dataclass(frozen=True)
 class Offer:
@@ -67,6 +68,8 @@ class Offer:
     models:dict        # name -> the prompt of a request that names none
     prompts:tuple      # that a request may name
     width:int          # numbers in a vector
+
+    def __post_init__(self): check_fields(self, width=1)
 
     def check_model(self, name):
         if name not in self.models:
@@ -76,6 +79,7 @@ class Offer:
 def _no_constant(word): raise ValueError(f'{word} is no JSON')
 _reader = json.JSONDecoder(parse_constant=_no_constant)
 
+@checked
 def read_json(
     body:bytes, # UTF-8
 ) -> dict:
@@ -119,6 +123,7 @@ def _texts_of(given, limits):
     _check(total<=limits.total, f"'input' has {total} characters in all: give at most {limits.total} in one request", 'input')
     return texts
 
+@checked
 def parse_request(
     body:bytes,
     offer:Offer,
@@ -154,9 +159,10 @@ class Job:
 
 class Batcher:
     "Joins the texts of waiting requests into batches, for one worker thread."
+    @checked(texts=1, characters=1, waiting=1)
     def __init__(
         self,
-        run,                       # texts, prompt -> one result a text
+        run:Callable,              # texts, prompt -> one result a text
         texts:int=256,             # in a batch, at most
         characters:int=65_536,     # in a batch, at most (a longer text goes alone)
         waiting:int=8_000_000,     # characters in the queue, at most
@@ -221,9 +227,10 @@ def _work(self:Batcher):
             self.ready.wait_for(lambda: self.jobs or self.stopped)
             parts = self._take()
             if not parts and self.stopped: return
-        if parts: self._answer(parts)
+        if parts: self._answer(parts); trim_memory()
 
 # %% ../nbs/23_serving.ipynb #7d3829c8
+@checked(width=1)
 def cut(
     vectors:np.ndarray, # (n, w), unit
     width:int,          # d <= w
@@ -236,6 +243,7 @@ def cut(
 def _decimals(v): return '['+','.join(['%.9g']*len(v)) % tuple(v.tolist())+']'
 def _base64(v): return f'"{b64encode(v).decode()}"'
 
+@checked
 def answer(
     rows:list,       # (vector, tokens) of each text
     asked:Request,
@@ -253,6 +261,7 @@ log = logging.getLogger(__name__)
 
 class Service:
     "A model behind an endpoint: what it offers, whom it lets in, what it has counted."
+    @checked(batch_texts=1)
     def __init__(
         self,
         encoder:ChromaMoE,
@@ -286,6 +295,7 @@ class Service:
         return [dict(id=name, object='model', created=0, owned_by='chroma-moe') for name in self.offer.models]
 
 # %% ../nbs/23_serving.ipynb #9342f709
+@checked
 def read_keys(
     path:str|None=None, # of a file with one key a line
 ) -> tuple:
@@ -301,6 +311,7 @@ def read_keys(
     return keys
 
 @patch
+@checked
 def authorise(
     self:Service,
     given:str, # the header Authorization
@@ -390,6 +401,7 @@ def _starlette():
     from starlette.routing import Route
     return Starlette,HTTPException,Response,Route
 
+@checked
 def make_app(
     service:Service,
 ): # an ASGI application
@@ -424,6 +436,7 @@ def _uvicorn():
     from uvicorn.protocols.http.h11_impl import H11Protocol
     return uvicorn,h11,H11Protocol
 
+@checked
 def make_server(
     app,            # of `make_app`
     limits:Limits,
@@ -451,6 +464,7 @@ def make_server(
     return uvicorn.Server(uvicorn.Config(app, http=Watched, ws='none', lifespan='on', log_config=None, log_level='warning', access_log=False,
         proxy_headers=False, server_header=False, timeout_keep_alive=int(limits.idle)+1, timeout_graceful_shutdown=int(limits.answer)+1))
 
+@checked(port=(0,65535))
 def listen(
     host:str, # address of this machine, 127.0.0.1 for this machine alone
     port:int, # 0 takes a free one
@@ -459,12 +473,14 @@ def listen(
     try: return socket.create_server((host,port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=1024)
     except (OSError,OverflowError) as e: raise ChromaError(f'cannot listen on {host}, port {port} ({e}): choose another --port, or --host 127.0.0.1') from None
 
+@checked
 def url_of(listening:socket.socket) -> str: # as clients write it
     host,port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 # %% ../nbs/23_serving.ipynb #c8382d34
 @contextmanager
+@checked(port=(0,65535))
 def serving(
     service:Service,
     port:int=0,      # 0 takes a free one
@@ -492,6 +508,7 @@ def _serve_until_told(service, listening):
     server.run([listening])
 
 @cli
+@checked(batch_texts=1, port=(0,65535))
 def chroma_serve(
     model:str='runs/demo/model',  # folder of a model
     host:str='127.0.0.1',         # address to listen on; 0.0.0.0 is every network of this machine

@@ -10,12 +10,14 @@ import os
 from typing import Any
 import torch
 from torch import Tensor, nn
+from .config import ModelConfig, checked
 from .model import ChromaModel
 from .parallel import Ranks, of_some
 
 # %% ../nbs/14e_sharding.ipynb #3b2e80ec
+@checked(n=1, parts=1)
 def shard_bytes(
-    m,           # ModelConfig
+    m:ModelConfig,
     n:int,       # processes
     parts:int=1, # that a step is computed in; with several, gradients wait uncut
 ) -> int:

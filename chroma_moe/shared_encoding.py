@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 import torch
 import torch.distributed as dist
-from .config import ChromaError
+from .config import ChromaError, checked
 from .encoder import ChromaMoE
 from .parallel import Ranks
 from .expert_parallel import even_passes, spread
@@ -35,6 +35,7 @@ def after_main(
 # %% ../nbs/14g_shared_encoding.ipynb #11359c43
 class SharedEncoder(ChromaMoE):
     "An encoder whose texts are dealt out to processes."
+    @checked
     def __init__(self,
         encoder:ChromaMoE, # the same on each process; its experts are spread, if the run has families
         ranks:Ranks,
@@ -74,6 +75,7 @@ def _tell(ranks, job):
 
 # %% ../nbs/14g_shared_encoding.ipynb #1d0e74a0
 @contextmanager
+@checked
 def encode_together(
     encoder:ChromaMoE, # the same on each process
     ranks:Ranks,

@@ -10,9 +10,10 @@ import json, netrc, os, queue, secrets, subprocess, sys, threading, urllib.error
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tqdm import tqdm
-from .config import WandbConfig, veiled
+from .config import WandbConfig, veiled, checked
 
 # %% ../nbs/14a_sink.ipynb #bd627559
+@checked
 def say(
     message:str, # one sentence
 ):
@@ -20,6 +21,7 @@ def say(
     tqdm.write(veiled(message), file=sys.stderr)
 
 # %% ../nbs/14a_sink.ipynb #56dae755
+@checked
 def flat(
     row:dict|list, # nested
     name:str='',   # stands before every name
@@ -71,6 +73,7 @@ def _serve_stdin():
 # %% ../nbs/14a_sink.ipynb #ee81063f
 class WandbSink:
     "A W&B run in another process."
+    @checked
     def __init__(self,
         begin:dict,        # what `wandb.init` gets; `id` among it
         tell:Callable=say, # gets a sentence when something ends it
@@ -129,6 +132,7 @@ def _answers(url, seconds=2.):
     t = threading.Thread(target=ask, daemon=True); t.start(); t.join(seconds)
     return bool(heard)
 
+@checked
 def wandb_mode(
     c:WandbConfig,
 ) -> tuple[str,str]: # online, offline or disabled; why offline where that was not asked for
@@ -140,9 +144,10 @@ def wandb_mode(
     return ('online','') if asked=='online' or _answers(url) else ('offline',f'{url} does not answer')
 
 # %% ../nbs/14a_sink.ipynb #e0ab6c44
+@checked
 def start_wandb(
     c:WandbConfig,
-    folder,        # of the run; W&B writes to wandb/ in it
+    folder:str|Path, # of the run; W&B writes to wandb/ in it
     config:dict,   # shown with the run
     run_id:str|None=None, # of an earlier part of this run, from its checkpoint
     tell:Callable=say, # gets a sentence when something is not as asked

@@ -11,7 +11,7 @@ import fnmatch, logging, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from .config import ChromaError, need
+from .config import ABOVE_0, ChromaError, checked, need
 from .world import World, parse_size
 from .rows import ROW_KINDS, SUFFIXES, DataFile, check_row, complete, records, shown
 from .registry import SOURCES, Source, as_is, evaluation_only
@@ -19,6 +19,7 @@ from .registry import SOURCES, Source, as_is, evaluation_only
 # %% ../nbs/02_sources.ipynb #eb1fc9d5
 SPLIT_WORDS = dict(train=('train',), valid=('validation','valid','validate','dev'), test=('test',))
 
+@checked
 def parse_source(
     spec:str, # NAME[:CONFIG][@PATH], or a path
 ) -> tuple: # (source or None, config, path)
@@ -35,6 +36,7 @@ def _by_split(paths, split):
     if not any(named.values()): return paths if split=='train' else []
     return named[split]
 
+@checked
 def choose_files(
     paths:list,    # relative to the data set
     pattern:str,   # glob with {config} and {split}, or ''
@@ -67,6 +69,7 @@ def explain(
     if 'FileNotFoundError' in kinds or 'EntryNotFoundError' in kinds: return 'the hub has no such files', f'check the config at {card}, {local}'
     return f'the hub cannot be reached ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})', f'check the network, {local}'
 
+@checked(timeout=ABOVE_0)
 def hub(
     timeout:float=5., # seconds, for one question
 ):
@@ -90,7 +93,8 @@ def hub_files(source, config, split):
                        f'run the script yourself and read its result as {source.name}@FOLDER')
     return [DataFile(f'hf://{root}/{p}', fs, f'{root}/{p}') for p in choose_files(listed, source.files, config, split)]
 
-def local_files(path, source, config, split):
+@checked
+def local_files(path:str|Path, source, config, split):
     "The files of a data set, or of a user, on the disk."
     p = Path(path)
     if not p.exists(): raise ChromaError(f"there is no file or folder '{path}', and no source of that name: give a path, or one of {', '.join(SOURCES)}")
@@ -124,6 +128,7 @@ class Report:
 # %% ../nbs/02_sources.ipynb #ca52a3c2
 class Reader:
     "Rows of one source, with a position that can be saved, and with the books kept."
+    @checked(max_bad=(0,1), kind=ROW_KINDS)
     def __init__(self,
         name:str,            # for messages
         kind:str,            # 'text' or 'pair'
@@ -156,6 +161,7 @@ class Reader:
         r = self.report
         return dict(file=self.at[0], record=self.at[1], inner=self.inner, read=r.read, rows=r.rows, bad=r.bad, first=list(r.first), notes=dict(r.notes))
 
+    @checked
     def load(self,
         state:dict, # of `state`
     ):
@@ -277,18 +283,17 @@ def _world_row(name, kind, seed, split):
     half = dict(finance=0, shop=1).get(name.partition('/')[2])
     return (lambda i: make(i, split)) if half is None else (lambda i: make(2*i+half, split))
 
+@checked(max_bad=(0,1), kind=ROW_KINDS, split=SPLIT_WORDS, purpose=('train','evaluate'))
 def open_source(
-    spec,                 # NAME[:CONFIG][@PATH], or the path of a file or folder
+    spec:str|Path,        # NAME[:CONFIG][@PATH], or the path of a file or folder
     split:str='train',    # train, valid or test
     kind:str|None=None,   # 'text' or 'pair'; needed for files of your own and for `world`, where None is 'text'
     purpose:str='train',  # 'train' refuses evaluation sets; 'evaluate' reads them
     max_bad:float=0.001,  # share of bad records that is put up with
     seed:int=0,           # of the built-in corpus
-    limit='all',          # rows of the built-in corpus; 'all' is 20k
+    limit:str|int='all',  # rows of the built-in corpus; 'all' is 20k
 ) -> Reader:
     "Open a data set by name, or files of your own."
-    need(split in SPLIT_WORDS, f"the split is '{split}': give {', '.join(SPLIT_WORDS)}")
-    need(kind in (None, *ROW_KINDS), f"the kind is '{kind}': give {' or '.join(ROW_KINDS)}")
     source,config,path = parse_source(spec)
     why = purpose=='train' and (evaluation_only(source.name if source else path) or path and evaluation_only(path))
     if why: raise ChromaError(f"'{spec}' must not be trained on: {why}: leave it out, and guard your own texts against it with `chroma_data leaks`")

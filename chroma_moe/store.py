@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
-from .config import ChromaError, STRATEGIES, need
+from .config import ChromaError, STRATEGIES, need, checked
 from .files import lock, seal, unseal
 from .tokenizer import BOS, EOS, ChromaTokenizer
 
@@ -29,6 +29,7 @@ from .tokenizer import BOS, EOS, ChromaTokenizer
 FORMAT = 1   # of the folder; another number is refused
 INDEX = np.dtype([('end','<u4'), ('bytes','<u4'), ('domain','<u2'), ('source','<u2')]) # one row a text
 
+@checked(vocab_size=1)
 def token_dtype(
     vocab_size:int, # tokens in the vocabulary
 ) -> np.dtype: # two bytes where they are enough
@@ -39,6 +40,7 @@ def token_dtype(
 def _sha(data): return hashlib.sha256(data).hexdigest()
 def _canonical(x): return json.dumps(x, sort_keys=True, separators=(',',':')).encode()
 
+@checked
 def fingerprint(
     tokenizer:ChromaTokenizer,
 ) -> str: # 64 hexadecimal digits
@@ -115,8 +117,9 @@ def _odd_place(m):
             all(isinstance(c['sha256'].get(k), str) for k in ('tokens','index'))
     return next((f'chunk {i}' for i,c in enumerate(m['chunks']) if not good(c)), '' if m['chunks'] else 'the list of chunks')
 
+@checked
 def read_manifest(
-    path, # folder of a store
+    path:str|Path, # folder of a store
 ) -> dict:
     "The manifest of a store, refused when it is missing or damaged."
     p = Path(path)/'manifest.json'
@@ -142,8 +145,9 @@ def _finished(log):
     "Entries in the log of an unfinished build; a line that was cut short or changed does not count."
     return {e['name']: e for line in log.splitlines() if (e := unseal(line)) and 'name' in e}
 
+@checked
 def unfinished(
-    out, # folder of a store
+    out:str|Path, # folder of a store
 ) -> int|None:
     "Chunks that an unfinished build of `out` has behind it, or None."
     log = _place(out)[1]/'chunks.jsonl'
@@ -293,6 +297,7 @@ def _one_thread_each():
         else: os.environ['TOKENIZERS_PARALLELISM'] = before
 
 # %% ../nbs/04a_store.ipynb #626ed123
+@checked(workers=1)
 def parallel_map(
     f:Callable,    # job -> result; both are sent between processes
     jobs:Iterable, # any stream
@@ -314,10 +319,11 @@ def parallel_map(
         finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/04a_store.ipynb #357790ce
+@checked(chunk_chars=1)
 def build_store(
     rows:Iterable[dict],       # a stream with `text`, `domain`, `source`; the same each time, so that a killed build can go on
     tokenizer:ChromaTokenizer,
-    out,                       # folder
+    out:str|Path,              # folder
     workers:int=0,             # processes; 0 is one a core
     chunk_chars:int=2**23,     # characters of text in a chunk, about
     overwrite:bool=False,      # replace a store at `out`, once the new one is complete?
@@ -344,9 +350,10 @@ def build_store(
 # %% ../nbs/04a_store.ipynb #44e8dc96
 class TokenStore:
     "A folder of token ids."
+    @checked
     def __init__(
         self,
-        path,                             # folder
+        path:str|Path,                    # folder
         tokenizer:ChromaTokenizer|None=None, # the one in use; a store of another is refused
     ):
         self.path,self.manifest = Path(path), read_manifest(path)
@@ -378,6 +385,7 @@ def _same_tokenizer(path, m, print_, size):
                           f'{print_[:12]} of {size:,}: use the tokenizer.json in that folder, or build the store again')
 
 # %% ../nbs/04a_store.ipynb #9aee633b
+@checked
 def describe(
     m:dict, # a manifest
 ) -> str: # one line a domain, and the sum
@@ -403,8 +411,9 @@ def _tokenizer_faults(path, m):
     return [] if found==m['tokenizer'] else [f"tokenizer.json is {found[:12]}, not the tokenizer {m['tokenizer'][:12]} that the store was built with"]
 
 # %% ../nbs/04a_store.ipynb #bc9c4c59
+@checked
 def verify_store(
-    path,                                # folder
+    path:str|Path,                       # folder
     tokenizer:ChromaTokenizer|None=None, # must have built it
     progress:bool=False,                 # show a bar?
 ) -> list[str]: # what is wrong, file by file; nothing when the store is sound
@@ -438,6 +447,7 @@ class StoreReader:
         "The position after the last batch."
         return dict(epoch=self.epoch, turn=self.turn, at=self.at, store=self.store.manifest['sha256'], **self.settings)
 
+    @checked
     def load(self, state:dict):
         "Go to a saved position of the same store, read in the same way."
         for k,v in self.state().items():
@@ -488,6 +498,7 @@ def __next__(self:StoreReader) -> StoreBatch:
 
 # %% ../nbs/04a_store.ipynb #2d824c0c
 @patch
+@checked(batch_tokens=1, max_length=1, ranks=1)
 def batches(
     self:TokenStore,
     batch_tokens:int,      # tokens in a batch, at most
@@ -576,9 +587,10 @@ def _shares(stores, strategy, weights):
     return [x/sum(w) for x in w]
 
 # %% ../nbs/04a_store.ipynb #66c2de54
+@checked(tokens=1, chunk_tokens=1, strategy=STRATEGIES)
 def merge_stores(
     paths:list,                 # folders
-    out,                        # folder of the new store
+    out:str|Path,               # folder of the new store
     strategy:str='proportional',# weighted, equal or proportional
     weights:list[float]=(),     # share of the tokens from each, for 'weighted'
     tokens:int|None=None,       # stop at about so many; by default as many as the shares allow

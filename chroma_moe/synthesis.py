@@ -23,7 +23,7 @@ import bm25s
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
-from .config import ChromaError, cli, load_config, need, read_text, read_yaml
+from .config import ChromaError, cli, load_config, need, read_text, read_yaml, ABOVE_0, check_fields, checked
 from .files import lock, write_whole
 from .rows import check_row, complete, shown, text_fault
 from .mixing import texts
@@ -37,6 +37,8 @@ class Prompt:
     "What the language model is told, and what its queries want."
     text:str        # with {passage} in it, and {n} for the number of queries
     instruction:str # of the rows
+
+    def __post_init__(self): check_fields(self)
 
     def filled(self, passage:str, n:int) -> str: return self.text.replace('{n}', str(n)).replace('{passage}', passage)
 
@@ -72,6 +74,7 @@ that a shopper would type into the search box of the shop and that this product 
 - Make one a few keywords and the others whole questions, each under 25 words.''' + _ANSWER,
         'Given a question, find passages that answer it'))
 
+@checked
 def prompt_of(
     prompts:dict, # domain -> `Prompt`
     domain:str,
@@ -80,8 +83,9 @@ def prompt_of(
     return prompts.get(domain, prompts['general'])
 
 # %% ../nbs/19a_synthesis.ipynb #395f8ba5
+@checked
 def read_prompts(
-    path=None, # YAML: domain -> text and instruction
+    path:str|Path|None=None, # YAML: domain -> text and instruction
 ) -> dict: # domain -> `Prompt`
     "The built-in prompts, with those of a file on top."
     if path is None: return dict(PROMPTS)
@@ -104,6 +108,7 @@ def _json_list(text):
         items = [next((x[k] for k in ('query','question','text') if k in x), None) if isinstance(x, dict) else x for x in found]
         if all(isinstance(i, str) for i in items): return items
 
+@checked
 def read_answer(
     text:str, # what the language model wrote
 ) -> list[str]|None: # None: malformed
@@ -133,6 +138,7 @@ class Dropped:
         self.counts[reason] += 1
         if len(e := self.examples.setdefault(reason, []))<5: e.append(query[:300])
 
+@checked(n=1, max_chars=1)
 def clean_queries(
     answers:list,         # list of queries for each passage, or None
     passages:list[str],
@@ -154,6 +160,7 @@ def clean_queries(
 # %% ../nbs/19a_synthesis.ipynb #b960a177
 class Pace:
     "Times at which requests may be sent."
+    @checked
     def __init__(self,
         requests:float=0, # a minute; 0 is no limit
         tokens:float=0,   # a minute; 0 is no limit
@@ -180,6 +187,7 @@ class Pace:
     def left(self) -> float: return max(0., self.held-self.clock()) # of a hold, in seconds
 
 # %% ../nbs/19a_synthesis.ipynb #b620acc5
+@checked
 def chat_url(
     base:str, # such as http://localhost:8000/v1
 ) -> str:
@@ -218,6 +226,7 @@ class NoAnswer(Exception):
 
 class Endpoint:
     "A chat endpoint that speaks OpenAI's dialect."
+    @checked(timeout=ABOVE_0)
     def __init__(self,
         url:str,             # base, such as http://localhost:8000/v1
         model:str,           # its name at the server
@@ -296,6 +305,7 @@ def _reply(self:Endpoint, raw, messages):
 # %% ../nbs/19a_synthesis.ipynb #121aba61
 MAX_WAIT = 600 # seconds
 
+@checked
 def retry_after(
     value:str|None,         # of the header
     now:datetime|None=None, # a zone included
@@ -371,8 +381,9 @@ def _whole(key, a):
 
 class Answers:
     "Answers by the checksum of their request, in a file that outlives the process."
+    @checked
     def __init__(self,
-        path,            # of the file
+        path:str|Path,   # of the file
         write:bool=True, # False only reads, and makes no file
     ):
         self.path,self.found,self.spent,self.file = Path(path), {}, Counter(tokens_in=0, tokens_out=0), None
@@ -407,6 +418,7 @@ class Answers:
 
     def close(self): self.file.close()
 
+@checked
 def request_key(
     endpoint:Endpoint,
     messages:list,
@@ -415,6 +427,7 @@ def request_key(
     return hashlib.sha256(json.dumps(endpoint.request(messages), sort_keys=True).encode()).hexdigest()[:20]
 
 # %% ../nbs/19a_synthesis.ipynb #ea4cbc0e
+@checked
 def ask_passage(
     endpoint:Endpoint,
     messages:list, # of one user, from the prompt
@@ -439,6 +452,7 @@ class Prices(NamedTuple):
 
 FREE = Prices()
 
+@checked
 def worst_cost(
     endpoint:Endpoint,
     prices:Prices,
@@ -460,6 +474,7 @@ def _give_up(e, done, total):
     lead = str(e) if isinstance(e, ChromaError) or e.ours else f'{e}: check that the server runs and the address is right, then run the same command again'
     return ChromaError(f'{lead}; {done:,} of {total:,} texts are done and kept')
 
+@checked(concurrency=1)
 def ask_all(
     chats:dict,            # checksum -> messages
     endpoint:Endpoint,
@@ -494,6 +509,7 @@ def ask_all(
             raise _give_up(e, done(), len(chats)) from None
 
 # %% ../nbs/19a_synthesis.ipynb #43aacf29
+@checked(n=1)
 def estimate_cost(
     chats:dict,        # checksum -> messages
     endpoint:Endpoint,
@@ -508,6 +524,7 @@ def estimate_cost(
     return dict(requests=len(todo), answered=len(chats)-len(todo), tokens_in=tokens_in, tokens_out=out, tokens_out_most=most,
                 cost=prices.cost(tokens_in, out), cost_most=prices.cost(tokens_in, most))
 
+@checked
 def estimate_text(e:dict, prices:Prices=FREE) -> str:
     "An estimate as lines."
     million = f'at {prices.tokens_in:g} and {prices.tokens_out:g} a million tokens in and out'
@@ -517,6 +534,7 @@ def estimate_text(e:dict, prices:Prices=FREE) -> str:
             f"tokens out   {e['tokens_out']:>14,}   about, at most {e['tokens_out_most']:,}\n{cost}")
 
 # %% ../nbs/19a_synthesis.ipynb #2679835b
+@checked
 def bm25_ranks(
     corpus:list[str],  # all texts
     queries:list[str],
@@ -531,8 +549,9 @@ def bm25_ranks(
         out.append(int((scores>scores[i]).sum())+1 if scores[i]>0 else 0)
     return out
 
+@checked(block=1)
 def dense_ranks(
-    encoder,           # a `ChromaMoE`
+    encoder, # a `ChromaMoE`
     corpus:list[str],  # all texts
     queries:list[str],
     own:list[int],     # place of each query's text in `corpus`
@@ -548,6 +567,7 @@ def dense_ranks(
     return out
 
 # %% ../nbs/19a_synthesis.ipynb #caf3368c
+@checked(chars=1)
 def distinct(
     rows:Iterable[dict], # with `text`
     chars:int=4000,      # texts that begin with the same so many are the same
@@ -559,6 +579,7 @@ def distinct(
         if (h := hashlib.sha1(r['text'][:chars].encode()).digest()) not in seen: seen.add(h); out.append(r)
     return out
 
+@checked(n=1, passage_chars=1)
 def make_chats(
     rows:list[dict],   # of `distinct`, with `text` and `domain`
     prompts:dict,      # domain -> `Prompt`
@@ -570,6 +591,7 @@ def make_chats(
     chats = ([dict(role='user', content=prompt_of(prompts, r['domain']).filled(r['text'][:passage_chars], n))] for r in rows)
     return {request_key(endpoint, m): m for m in chats}
 
+@checked
 def round_trip(
     pairs:list,          # (passage, query)
     corpus:list[str],    # the passages, and texts that compete with them
@@ -585,6 +607,7 @@ def round_trip(
         if dropped is not None and not 0<r<=top_k: dropped.add('does not find its text', q)
     return kept
 
+@checked
 def ask_once(
     pairs:list,                # (passage, query)
     dropped:Dropped|None=None, # gets what is left out
@@ -595,6 +618,7 @@ def ask_once(
         if first.setdefault(_words(q), i)!=i and dropped is not None: dropped.add('kept for another text', q)
     return [(i, q) for i,q in pairs if first[_words(q)]==i]
 
+@checked
 def pair_rows(
     pairs:list,      # (passage, query)
     rows:list[dict], # passages, with `text`, `domain` and `source`
@@ -625,6 +649,7 @@ def make_report(rows, chats, lost, answers, endpoint, prices, before, cleaned, k
         written=sum(len(a.queries) for a in found if a and a.queries), dropped=dict(dropped.counts), dropped_examples=dropped.examples, kept=len(kept),
         domains={d: dict(cleaned=c, kept=per(kept)[d]) for d,c in sorted(per(cleaned).items())})
 
+@checked
 def report_text(r:dict) -> str:
     "A report as lines."
     line = lambda name,n,note='': f'{name:28}{n:>12,}   {note}'.rstrip()
@@ -641,6 +666,7 @@ def report_text(r:dict) -> str:
         line('queries written', r['written']), *(line(f'  {k}', n) for k,n in r['dropped'].items()),
         line('queries kept', r['kept'], ', '.join(f"{k} {v['kept']:,} of {v['cleaned']:,}" for k,v in r['domains'].items()))])
 
+@checked(n=1, passage_chars=1, max_chars=1, concurrency=1)
 def synthesise(
     rows:list[dict],       # passages with `text`, `domain` and `source`
     endpoint:Endpoint,
@@ -713,6 +739,7 @@ def _last_words(r, out, texts, max_cost):
 
 # %% ../nbs/19a_synthesis.ipynb #e0285004
 @cli
+@checked(queries=1, concurrency=1, answer_tokens=1, passage_chars=1, max_chars=1, timeout=ABOVE_0)
 def chroma_synthesise(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic

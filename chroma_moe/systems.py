@@ -9,11 +9,12 @@ __all__ = ['split_words', 'BM25', 'bm25_run', 'Bag', 'Dense', 'dense_run', 'libr
 import hashlib, zlib
 from pathlib import Path
 import bm25s, numpy as np, snowballstemmer
-from .config import ChromaError, need
+from .config import ChromaError, need, checked
 from .files import parse_json
 from .indexing import nearest
 
 # %% ../nbs/20c_systems.ipynb #19742f62
+@checked
 def split_words(
     texts:list,      # strings
     stem:bool=True,  # cut words to their stems?
@@ -32,9 +33,11 @@ def _run(queries, ids, where, scores, with_scores):
 class BM25:
     "The classical ranking by shared words, of Lucene's kind."
     name = 'BM25'
+    @checked
     def __init__(self, stem:bool=True): # cut words to their stems?
         self.stem = stem
 
+    @checked(k=1)
     def rank(self,
         corpus:dict[str,str],  # id -> text
         queries:dict[str,str], # id -> text
@@ -51,6 +54,7 @@ class BM25:
         best = [(i := np.argsort(-s, kind='stable')[:k], np.where(s[i]>0, s[i], -np.inf)) for s in table]
         return _run(queries, ids, [i for i,_ in best], [s for _,s in best], scores)
 
+@checked(k=1)
 def bm25_run(
     corpus:dict[str,str],  # id -> text
     queries:dict[str,str], # id -> text
@@ -70,6 +74,7 @@ def _counts(ids):
 class Bag:
     "Unit vectors of hashed words, rare ones heavier."
     name = 'bag of words'
+    @checked(width=1)
     def __init__(self,
         width:int=4096,  # columns
         stem:bool=True,  # cut words to their stems?
@@ -84,6 +89,7 @@ class Bag:
         self.idf = {w: self.rare - np.log(1+n) for w,n in zip(words, np.bincount(word, minlength=len(words)))}
         return self
 
+    @checked(role=('query','document'))
     def vectors(self,
         texts:list,           # strings
         role:str='document',  # all the same to words
@@ -97,6 +103,7 @@ class Bag:
         if len(row): np.add.at(out, (row, hashed[word]%self.width), ((1+np.log(n))*weight[word]).astype(np.float32))
         return out/np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
+    @checked(k=1, block=1)
     def rank(self, corpus:dict, queries:dict, k:int=100, scores:bool=False, block:int=8192) -> dict:
         "Rank by cosine; the documents say which words are rare."
         ids,texts = list(corpus),list(corpus.values())
@@ -109,13 +116,15 @@ class Bag:
 # %% ../nbs/20c_systems.ipynb #d8eee4cc
 class Dense:
     "Ranking by cosine of an encoder's vectors."
+    @checked(keep=1)
     def __init__(self,
-        encoder,           # has `encode_query` and `encode_document`
+        encoder, # has `encode_query` and `encode_document`
         name:str='model',  # in tables
         keep:int=4,        # lots of vectors that stay in memory
     ):
         self.encoder,self.name,self.keep,self.kept = encoder,name,keep,{}
 
+    @checked(role=('query','document'))
     def vectors(self,
         texts:list,           # strings
         role:str='document',  # or query
@@ -131,6 +140,7 @@ class Dense:
             while len(self.kept)>self.keep: del self.kept[next(iter(self.kept))]
         return self.kept[key]
 
+    @checked(k=1)
     def rank(self,
         corpus:dict[str,str],  # id -> text
         queries:dict[str,str], # id -> text
@@ -141,8 +151,9 @@ class Dense:
         s,where = nearest(self.vectors(queries.values(), 'query'), self.vectors(corpus.values()), k)
         return _run(queries, list(corpus), where, s, scores)
 
+@checked(k=1)
 def dense_run(
-    encoder,               # a `ChromaMoE`
+    encoder,     # a `ChromaMoE`
     corpus:dict[str,str],  # id -> text
     queries:dict[str,str], # id -> text
     k:int=100,             # documents a query
@@ -151,6 +162,7 @@ def dense_run(
     return Dense(encoder).rank(corpus, queries, k)
 
 # %% ../nbs/20c_systems.ipynb #d38594cf
+@checked
 def library_model(
     name:str, # folder, or name on the hub
 ) -> Dense:
@@ -180,6 +192,7 @@ def _between(scores):
 class Hybrid:
     "A mixture of words and vectors."
     name = 'hybrid'
+    @checked(depth=1, weight=(0,1), how=('scores','places'))
     def __init__(self,
         words,              # a system
         dense,              # another
@@ -188,8 +201,6 @@ class Hybrid:
         bag=None,           # system whose vectors stand beside those of `dense`; None is a `Bag`
         depth:int=100,      # documents of each that are mixed, at least
     ):
-        need(0<=weight<=1, f'the weight of a hybrid is {weight}: give 0 to 1')
-        need(how in ('scores','places'), f"a hybrid of '{how}': mix scores or places")
         self.words,self.dense,self.weight,self.how,self.bag,self.depth = words,dense,weight,how,bag or Bag(),depth
 
     def _mix(self, words, dense):
@@ -197,6 +208,7 @@ class Hybrid:
         else: words,dense,share = *({d: 1/(60+i) for i,d in enumerate(r, 1)} for r in (words, dense)),(1,1)
         return {d: share[0]*words.get(d, 0.) + share[1]*dense.get(d, 0.) for d in [*dense, *(d for d in words if d not in dense)]}
 
+    @checked(k=1)
     def rank(self, corpus:dict, queries:dict, k:int=100, scores:bool=False) -> dict:
         "Rank by the mixture of both rankings."
         a,b = (s.rank(corpus, queries, max(k, self.depth), scores=True) for s in (self.words, self.dense))
@@ -208,6 +220,7 @@ class Hybrid:
         self.bag.fit(texts)
         return self
 
+    @checked(role=('query','document'))
     def vectors(self, texts:list, role:str='document') -> np.ndarray:
         "Vectors whose cosine is the mixture of both cosines."
         texts = list(texts)

@@ -7,7 +7,7 @@ __all__ = ['FINANCE', 'SHOP', 'TERMS', 'split_rule', 'forms']
 
 # %% ../nbs/02c_terms.ipynb #07f1b93b
 import re
-from .config import need
+from .config import checked, need
 
 # %% ../nbs/02c_terms.ipynb #d266bf29
 _WORD,_MARKS,_SPACE = r" ?\p{L}[\p{L}\p{M}]*", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)|\s+"
@@ -39,6 +39,7 @@ SHOP = '''
 TERMS = tuple(FINANCE + SHOP)
 
 # %% ../nbs/02c_terms.ipynb #7cdc2054
+@checked(digits=('whole','split'))
 def split_rule(
     digits:str='whole', # a number is one word, or 'split': each digit is
     terms=(),           # those with digits or marks become words
@@ -55,6 +56,7 @@ def split_rule(
     return '|'.join([term]*bool(marked) + [_ENDING, _WORD, _NUMBER[digits], _MARKS, _SPACE])
 
 # %% ../nbs/02c_terms.ipynb #bc496a48
+@checked
 def forms(
     term:str,            # as in `TERMS`
     lowercase:bool=True, # does the tokenizer fold case?

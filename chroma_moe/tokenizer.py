@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 from tokenizers import Tokenizer, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from .config import ChromaError, cli, load_config, need
+from .config import ChromaError, cli, load_config, need, checked
 from .files import alone, write_whole
 from .mixing import texts as rows_of
 from .terms import TERMS, forms, split_rule
@@ -34,6 +34,7 @@ _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False) # byt
 def _spell(text): return ''.join(w for w,_ in _BYTES.pre_tokenize_str(text))
 
 # %% ../nbs/03_tokenizer.ipynb #c13cb419
+@checked(vocab_size=1)
 def add_terms(
     tok:Tokenizer,       # a trained byte-level BPE
     terms:Iterable[str], # one token each, in every form
@@ -56,6 +57,7 @@ def add_terms(
     return Tokenizer.from_str(json.dumps(state))
 
 # %% ../nbs/03_tokenizer.ipynb #ac1a451d
+@checked(digits=('whole','split'))
 def train_bpe(
     texts:Iterable[str],  # any stream
     vocab_size:int=65536, # tokens, special ones and terms included
@@ -87,6 +89,7 @@ def _writable(text):
 # %% ../nbs/03_tokenizer.ipynb #775192d6
 class ChromaTokenizer:
     "A tokenizer with our special tokens as its ids 0 to 5."
+    @checked
     def __init__(self, tok:Tokenizer):
         self.tok,self.size = tok,max(tok.get_vocab().values())+1
         tok.encode_special_tokens = True  # '<mask>' typed by a user is text, not a special token
@@ -95,12 +98,14 @@ class ChromaTokenizer:
         self._leaks = any(i<len(SPECIALS) for e in tok.encode_batch(probes, add_special_tokens=False) for i in e.ids)
 
     @classmethod
+    @checked(digits=('whole','split'))
     def train(cls, texts:Iterable[str], vocab_size:int=65536, lowercase:bool=True, progress:bool=False, digits:str='whole', terms:Iterable[str]=()):
         "Train on a stream of texts."
         return cls(train_bpe(texts, vocab_size, lowercase, progress, digits, terms))
 
     @classmethod
-    def load(cls, path):
+    @checked
+    def load(cls, path:str|Path):
         "Read `tokenizer.json`, from a folder or by its own path: ours, or any of Hugging Face's."
         p = Path(path)/'tokenizer.json' if Path(path).is_dir() else Path(path)
         need(p.is_file(), f"there is no tokenizer at '{path}': train one, or give the folder that holds tokenizer.json")
@@ -112,7 +117,8 @@ class ChromaTokenizer:
                  'does not keep, because there are gaps before it: fill them with tokens that no text holds')
         return cls(tok if all(tok.token_to_id(s)==i for i,s in enumerate(SPECIALS)) else adopt(tok))
 
-    def save(self, folder):
+    @checked
+    def save(self, folder:str|Path):
         "Write `tokenizer.json` into `folder`, whole or not at all."
         folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder/'tokenizer.json', self.tok.to_str())
@@ -121,6 +127,7 @@ class ChromaTokenizer:
     def __len__(self): return self.size
     def decode(self, ids:list) -> str: return self.tok.decode(list(ids))
 
+    @checked(max_length=1)
     def encode(
         self,
         texts:list[str],       # any strings
@@ -144,6 +151,7 @@ class ChromaTokenizer:
 
     def _own(self, ids): return [i for i in ids if i>=len(SPECIALS)] if self._leaks else ids
 
+    @checked
     def starts(
         self,
         texts:list[str],
@@ -160,6 +168,7 @@ HOSTILE = ('', ' ', '\x00', 'a\x00b', '  two  spaces ', '\t\n\r\n mixed \r\n\u20
 
 def _folds(tok): return bool(tok.normalizer) and tok.normalizer.normalize_str('A')=='a'
 
+@checked
 def as_read(
     tok:Tokenizer, # byte-level
     text:str,
@@ -171,6 +180,7 @@ def as_read(
 # %% ../nbs/03_tokenizer.ipynb #a6d9d0e3
 def _renamed(token): return f'{token} (adopted)' if token in SPECIALS else token
 
+@checked
 def adopt(
     tok:Tokenizer, # of any kind
 ) -> Tokenizer:
@@ -209,6 +219,7 @@ def _ranks_file(url, file=None):
          'a network and give its path, or set TIKTOKEN_CACHE_DIR to the folder that holds it')
     return found.read_bytes(), found
 
+@checked
 def tiktoken_encoding(
     name:str='o200k_base',  # as tiktoken calls it
     file:str|None=None,     # its list of ranks; by default from tiktoken's cache
@@ -226,6 +237,7 @@ def tiktoken_encoding(
         return known.ENCODING_CONSTRUCTORS[name]()
 
 # %% ../nbs/03_tokenizer.ipynb #6a0aa63c
+@checked
 def bpe_of_ranks(
     ranks:dict,  # byte string -> rank, each byte among them
     rule:str,    # of splitting, as tiktoken writes it
@@ -242,6 +254,7 @@ def bpe_of_ranks(
     return tok
 
 @patch(cls_method=True)
+@checked
 def from_tiktoken(
     cls:ChromaTokenizer,
     encoding='o200k_base', # a name that tiktoken knows, or a tiktoken.Encoding
@@ -262,8 +275,9 @@ def general_texts() -> Iterator[str]:
         for part in text.split('\n\n'):
             if len(part)>60: yield ' '.join(part.split())
 
+@checked
 def fertility(
-    tok, # a ChromaTokenizer
+    tok:ChromaTokenizer, # a ChromaTokenizer
     texts:list[str],
 ) -> tuple[float,float]: # bytes a token, tokens a word
     "How much text a token carries."
@@ -312,6 +326,7 @@ def _check_text(tok):
     return _found('round trip', (f'{s[:40]!r} does not come back' for s in HOSTILE if tok.decode(tok.encode([s], max_length=10**7)[0])!=as_read(tok.tok, s)),
                   f'{len(HOSTILE)} hostile strings came back')
 
+@checked
 def verify(
     tok:ChromaTokenizer,
     samples:dict,            # name -> texts it has not seen
@@ -356,6 +371,7 @@ def _foreign(name):
 
 # %% ../nbs/03_tokenizer.ipynb #d260ab6c
 @cli
+@checked(digits=('whole','split'))
 def chroma_tokenizer(
     config:str|None=None,   # a YAML file
     profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .config import ChromaError, Config, cli, load_config, need, to_yaml
+from .config import ChromaError, Config, cli, load_config, need, to_yaml, checked
 from .files import write_whole
 from .mixing import pairs
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
@@ -37,6 +37,7 @@ from .losses import Contrast, Group, check_loss
 from .gradcache import Batch, GradCache, Rows, cut
 
 # %% ../nbs/20_tune.ipynb #4beea5e5
+@checked
 def per_source(
     entries:tuple,  # VALUE, or NAME=VALUE for one source
     sources:list[str],
@@ -79,6 +80,7 @@ class Pairs(NamedTuple):
     loss:dict        # source -> name of its loss
     prompts:dict     # source -> words before its queries
 
+@checked(max_length=1)
 def tokenise_pairs(
     rows,               # with `query`, `positive` and perhaps `negatives`, `grades`, `score`, `scores`, `query_id`, `doc_id`, `source`, `instruction`
     tokenizer:ChromaTokenizer,
@@ -115,6 +117,7 @@ def tokenise_pairs(
                  classes([ids.get(j) for j in range(len(known))]), source, loss, prompts)
 
 # %% ../nbs/20_tune.ipynb #7e82a18e
+@checked
 def make_batch(
     p:Pairs,
     groups:list,  # (loss, rows) pairs
@@ -135,6 +138,7 @@ def make_batch(
     return Batch(chunks, [Rows(loss, place[whole(q)], place[whole(d)], Group(whole(row), torch.tensor(label, dtype=torch.float64), whole(key), whole(docs),
                                                                             whole([p.doc_id[j] for j in docs]))) for loss,q,d,row,label,key,docs in made])
 
+@checked
 def how_often(
     source:str,
     entries:tuple, # NAME=FACTOR; a name may have *
@@ -144,6 +148,7 @@ def how_often(
 
 class PairBatches:
     "This process's share of each step, without end."
+    @checked
     def __init__(self,
         p:Pairs,
         c:Config,
@@ -195,6 +200,7 @@ class PairBatches:
 # %% ../nbs/20_tune.ipynb #21177bcd
 class HeldOut:
     "Retrieval among pairs that are not trained on."
+    @checked(budget=1)
     def __init__(self,
         p:Pairs,
         ranks:Ranks|None=None, # by default one process
@@ -227,6 +233,7 @@ class HeldOut:
         return dict(eval_loss=round(1-mean, 6), eval_ndcg=round(mean, 6), eval=out)
 
 # %% ../nbs/20_tune.ipynb #b0db8e72
+@checked
 def tune(
     c:Config,
     model:nn.Module,         # trained on
@@ -234,7 +241,7 @@ def tune(
     log:MetricsLog|None=None,
     name:str='tune',         # in the log
     progress:bool=True,
-    folder=None,             # for checkpoints and pictures; None writes none
+    folder:str|Path|None=None, # for checkpoints and pictures; None writes none
     resume:bool=False,       # go on from the newest checkpoint in `folder`, if there is one
     evaluate:Callable|Pairs|None=None, # held-out pairs, or model -> dict with `eval_loss`, lower is better, and whatever else is to be logged
     ranks:Ranks|None=None,   # by default one process
@@ -254,6 +261,7 @@ def tune(
     if t.best and judge: take_best(run)
     return run.model
 
+@checked
 def take_best(run:Trainer):
     "Give the model of every process the weights of the best checkpoint."
     best = run.checkpoints and run.checkpoints.best()
@@ -279,6 +287,7 @@ def letter_groups(
 
 class TokenBag(nn.Module):
     "The mean of token embeddings; with `importance`, each times what the token is worth, and repeated tokens on a log scale."
+    @checked(vocab_size=1, dim=1)
     def __init__(self,
         vocab_size:int,
         dim:int,
@@ -322,6 +331,7 @@ class TokenBag(nn.Module):
 
 # %% ../nbs/20_tune.ipynb #d0263bbe
 @torch.no_grad()
+@checked
 def start_from_bag(
     model:ChromaModel, # its width, and that of its output, are the bag's
     bag:TokenBag,
@@ -341,6 +351,7 @@ def start_from_bag(
         if silent and writes_stream(name): p.zero_()
 
 # %% ../nbs/20_tune.ipynb #c41c7d9d
+@checked
 def load_pairs(
     c:Config,
     tokenizer:ChromaTokenizer,
@@ -366,6 +377,7 @@ def load_pairs(
     return train, valid
 
 @cli
+@checked
 def chroma_tune(
     pretrained:str='runs/pretrain', # folder of a model, from phase 1
     config:str|None=None,   # a YAML file

@@ -8,11 +8,12 @@ __all__ = ['upcycle']
 # %% ../nbs/09a_upcycling.ipynb #d3f19d95
 from dataclasses import replace
 import torch
-from .config import need
+from .config import checked, need
 from .model import ChromaModel
 
 # %% ../nbs/09a_upcycling.ipynb #ad9366f2
 @torch.no_grad()
+@checked
 def upcycle(
     dense:ChromaModel, # of a configuration with `model.moe.dense=start`
     seed:int=1,        # of the new experts and routers

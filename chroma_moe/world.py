@@ -19,7 +19,7 @@ import random, re
 from typing import NamedTuple
 from zlib import crc32
 from fastcore.basics import patch
-from .config import ChromaError
+from .config import ChromaError, checked
 
 # %% ../nbs/01_world.ipynb #c44e1f26
 DOMAINS = ('finance', 'shop')
@@ -916,12 +916,14 @@ def _shop_text(rng, i, split, seed):
 
 class World:
     "A small economy that writes texts, questions and graded answers"
+    @checked
     def __init__(self,
         seed:int=0, # Another seed is another economy
     ): self.seed = seed
     def __repr__(self): return f'World(seed={self.seed})'
 
 @patch
+@checked
 def text(self:World,
     i:int,             # Which text
     split:str='train', # Its split
@@ -932,6 +934,7 @@ def text(self:World,
     return dict(id=f'{split}-text-{i}', domain=domain) | row
 
 @patch
+@checked
 def texts(self:World,
     size:str|int='1k', # How many, e.g. '10k'
     split:str='train', # Their split
@@ -975,6 +978,7 @@ def _fact_key(kind, f):
 
 # %% ../nbs/01_world.ipynb #739814eb
 @patch
+@checked
 def pair(self:World,
     i:int,             # Which pair
     split:str='train', # Its split
@@ -999,6 +1003,7 @@ def pair(self:World,
                 doc_id=f'{split}-pair-{i}', order=order)
 
 @patch
+@checked
 def pairs(self:World,
     size:str|int='1k', # How many, e.g. '30k'
     split:str='train', # Their split
@@ -1008,6 +1013,7 @@ def pairs(self:World,
     return (self.pair(i, split) for i in range(start, start + parse_size(size)))
 
 @patch
+@checked(n=1)
 def order_items(self:World,
     split:str='test', # Their split
     n:int=400,        # How many; items 2k and 2k+1 are mirrors
@@ -1041,6 +1047,7 @@ def _order_set(seed, split, n, domain):
     return docs, it['query'], f"order/{it['kind']}", lambda d: float(d == it['right'])
 
 @patch
+@checked(queries=1)
 def retrieval(self:World,
     domain:str,        # 'finance' or 'shop'
     split:str='test',  # Its split
@@ -1085,6 +1092,7 @@ def _shop_sts(rng, n, split, seed):
     return *[shop_document(x, 'title', rng, split) for x in (p, q)], score
 
 @patch
+@checked(n=1)
 def sts(self:World,
     n:int,            # How many
     split:str='test', # Their split

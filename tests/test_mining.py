@@ -132,7 +132,7 @@ def test_refusals(home, tmp_path, monkeypatch):
              ([*source, '--retriever', 'dense', '--model', tmp_path/'nowhere'], 'there is no model folder'),
              ([*source, '--relative', '95'], 'share of the score'),
              ([*source, '--absolute', 'dense=far'], "'far' is not a number"), ([*source, '--first', 9, '--last', 3], 'the smaller one first'),
-             ([*source, '--negatives', 0], 'give 1 or more'), ([*source, '--corpus', tmp_path/'none'], 'no file or folder'),
+             ([*source, '--negatives', 0], 'negatives is 0'), ([*source, '--corpus', tmp_path/'none'], 'no file or folder'),
              ([*source, '--retriever', 'dense', '--workers', 2], 'leave it at 1 for dense'), (['--source', 'stsbenchmark'], 'must not be trained on'),
              ([*source, '--corpus', home/'pairs.jsonl'], "no column 'text'"), ([*source, '--index', 'annoy'], 'give exact or faiss')]
     for args,says in cases:

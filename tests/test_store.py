@@ -253,7 +253,7 @@ def test_rows_that_are_no_texts(home, tmp_path):
     (['merge','--store','{home}/store','--tokens','900m','--out','{home}/x'],           'without reading a text twice'),
     (['verify','{home}/nowhere'],                                                       'there is no token store'),
     (['peek','nothing_of_that_name'],                                                   'no source of that name'),
-    (['list','--kind','video'],                                                         "the kind is 'video'")])
+    (['list','--kind','video'],                                                         "kind is 'video'")])
 def test_refusals(home, args, says):
     message = said(*(a.format(home=home) for a in args))
     assert says in message and not (home/'x').exists(), message

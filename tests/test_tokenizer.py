@@ -70,7 +70,7 @@ def test_verify(trained, tmp_path):
 @pytest.mark.parametrize('args,says', [
     (['--vocab_size', 100],                 'vocab_size is 100'),
     (['--vocab_size', 700, '--debug'],      'more than a quarter'),
-    (['--digits', 'some'],                  "tokenizer.digits is 'some': give 'whole' or 'split'"),
+    (['--digits', 'some'],                  "digits is 'some': give whole or split"),
     (['--source', 'nowhere.jsonl'],         'nowhere.jsonl'),
     (['--verify', 'nowhere'],               "no tokenizer at 'nowhere'"),
     (['--adopt', 'nowhere/tokenizer.json'], "no tokenizer at 'nowhere/tokenizer.json'"),
