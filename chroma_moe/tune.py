@@ -274,9 +274,10 @@ def take_best(run:Trainer):
     run.ranks.add(tensors)
 
 # %% ../nbs/20_tune.ipynb #f51895a0
+@checked
 def letter_groups(
     words:list,       # how each token is spelled
-    sizes=(3,4,5),    # letters in a row
+    sizes:tuple=(3,4,5), # letters in a row
 ) -> tuple: # a list of group numbers for each token, how many groups
     "The letter groups of each token, `<` and `>` at its ends, as far as another token has them too."
     spelled = [f'<{w.strip()}>' for w in words]
