@@ -115,7 +115,9 @@ def trim_memory(
     every:float=10., # seconds between two times, at least
 ):
     "Give back what was freed and `tune_cpu` keeps: of texts of every size the heap would grow for hours (glibc only)."
-    if time.monotonic()-_trimmed[0]>=every and platform.libc_ver()[0]=='glibc': ctypes.CDLL(None).malloc_trim(0); _trimmed[0] = time.monotonic()
+    if time.monotonic()-_trimmed[0]>=every and platform.libc_ver()[0]=='glibc':
+        libc,_trimmed[0] = ctypes.CDLL(None),time.monotonic()
+        libc.malloc_trim(0)
 
 # %% ../nbs/15_training.ipynb #70f77d0f
 class Part(NamedTuple):
