@@ -396,7 +396,7 @@ def fit(self:Trainer,
         clock = time.perf_counter()
         while self.step<stop:
             got = self.advance(next(data), bool(asked.signal))
-            self.check(got, data.place); meter.append(got)
+            self.check(got, data.place); meter.append(got); trim_memory(30)
             row = {}
             judging,saving = evaluate and due(self.step, t.eval_every, steps), due(self.step, t.save_every, steps)
             if self.step%log_every==0 or self.step==stop or judging or saving or got['flag']:   # no line reaches across a checkpoint
