@@ -50,7 +50,9 @@ def _places(x, path=()):
 def tree(rng, x):
     "Plain values with one place changed."
     if not isinstance(x, (dict,list)): return rng.choice(VALUES)
-    x = json.loads(json.dumps(x)); places = [*_places(x)]; *head,last = rng.choice(places[1:] or [('a',)]); at = x
+    x = json.loads(json.dumps(x)); places = [*_places(x)]; at = x
+    if len(places)==1: return rng.choice(VALUES)
+    *head,last = rng.choice(places[1:])
     for k in head: at = at[k]
     how = rng.randrange(8)
     if not isinstance(at, (dict,list)) or last not in at and not isinstance(at, list): return rng.choice(VALUES)
@@ -330,7 +332,7 @@ def seal_store(rng, folder):
     from chroma_moe.store import _canonical, _sha
     store = folder/'store'; p = store/'manifest.json'
     try: m = json.loads(p.read_bytes()); m = tree(rng, m) if rng.random()<.7 else m; m.pop('sha256', None)
-    except (ValueError, AttributeError, RecursionError): return
+    except (ValueError, TypeError, AttributeError, RecursionError): return
     if not isinstance(m, dict): return
     if rng.random()<.5:
         for c in m['chunks'] if isinstance(m.get('chunks'), list) else ():
