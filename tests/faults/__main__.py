@@ -12,15 +12,15 @@ def parser():
     p.add_argument('--minutes', type=float, default=20., help='begin no trial after so many minutes, undisturbed runs not counted')
     p.add_argument('--trials', type=int, default=10**9, help='at most so many')
     p.add_argument('--seed', type=int, default=0, help='of the schedule')
-    p.add_argument('--only', action='append', metavar='CASE[:FAULT]', help='only these (may be repeated)')
+    p.add_argument('--only', action='append', metavar='CASE', help='only this case, or CASE:FAULT, or :FAULT of every case (may be repeated)')
     p.add_argument('--summary', type=Path, help='file for the figures, as JSON')
     return p
 
 def pairs_of(only, clock):
     "Cases and faults that can be had here."
-    asked = [o.partition(':') for o in only or CASES]
+    asked = [(c, f) for o in only or CASES for name,_,f in [o.partition(':')] for c in ([name] if name else CASES)]
     mounts = mountable()
-    pairs = [(c,f) for c,_,g in asked for f in FAULTS if g in ('',f) and applies(f, c, mounts, clock)]
+    pairs = [(c,f) for c,g in asked for f in FAULTS if g in ('',f) and applies(f, c, mounts, clock)]
     if not mounts: print('not here: full and read-only disks, because mount is not allowed')
     if not clock: print('not here: a clock that moves, because there is no C compiler')
     return pairs
