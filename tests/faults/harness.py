@@ -1,10 +1,10 @@
 "A trial: start a command, do something to it, look at what stands, start it again, and compare the end with that of an undisturbed run."
-import os, pickle, shutil, signal, subprocess, time
+import hashlib, os, pickle, shutil, signal, subprocess, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 from .cases import CASES, MADE, Case, write_inputs
-from .process import Run, Writer, children, move_clock, preload
+from .process import ROOT, Run, Writer, children, move_clock, preload
 from .states import check, content, differences, on_disk, without_times
 
 @dataclass
@@ -24,14 +24,15 @@ class Injection:
     equal:bool = True           # was the end that of the undisturbed run?
 
 class Ground:
-    "The inputs, and the end of every undisturbed run; made once in a folder, which later campaigns use again."
+    "The inputs, and the end of every undisturbed run; made once in a folder, which later campaigns of the same code use again."
     def __init__(self, home, cases):
         self.home,self.n,self.place = home,0,home.parent/'trial'/'w'                 # all runs write to one place, which some of them note down
-        if not (home/'made').exists(): shutil.rmtree(home, ignore_errors=True); home.mkdir(parents=True); write_inputs(home)
+        made,code = home/'made',hashlib.sha256(b''.join(p.read_bytes() for p in sorted((ROOT/'chroma_moe').glob('*.py')))).hexdigest()
+        if not made.exists() or made.read_text()!=code: shutil.rmtree(home, ignore_errors=True); home.mkdir(parents=True); write_inputs(home)
         os.chdir(home); preload({c.command for c in CASES.values()}); self.writer = Writer()
-        if not (home/'made').exists():
+        if not made.exists():
             for command,words in MADE: self.undisturbed(Case(command, words), home)
-            (home/'made').touch()
+            made.write_text(code)
         self.ends = {c: self._end(c) for c in cases}
 
     def start(self, case, w, **kw):
