@@ -240,7 +240,7 @@ def test_no_hub(h, monkeypatch):
 def test_missing_library(monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, 'mteb', None)
-    with pytest.raises(ChromaError, match="pip install 'mteb"): run_finmteb(None, '.')
+    with pytest.raises(ChromaError, match="pip install 'mteb"): run_finmteb(object(), '.')
     print('without mteb: one sentence')
 
 def test_names():
