@@ -41,6 +41,7 @@ def chroma_bag(
     profile:str|None=None,  # tiny, mini, debug, full, blues, t4 or classic
     set:list[str]=(),       # section.key=value
     out:str='runs/bag',     # folder for the model and its metrics
+    letters:bool=True,      # do tokens that share letters share what they learn?
     resume:bool=False,      # go on from the newest checkpoint in `out`, if there is one
     progress:bool=True,     # show a bar?
 ):
@@ -56,12 +57,12 @@ def chroma_bag(
         p,held = load_pairs(c, tokenizer)
         log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
         if not resume: log.resume(0, 'bag')
-        words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        words = [tokenizer.decode([i]) for i in range(len(tokenizer))] if letters else None
         bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size), m.pooling.early, words)
         tune(c, bag, p, log, 'bag', progress, out, resume, held, ranks)
         if ranks.main:
             model = ChromaModel(m, c.tune.seed); start_from_bag(model, bag, silent=True)
-            line = command_line('chroma_bag', config=config, profile=profile, set=set)
+            line = command_line('chroma_bag', config=config, profile=profile, set=set, no_letters=not letters)
             about = add_phase(None, 'bag of token vectors', c.data.pairs, settings_of(c, 'tune'), line,
                               note='the blocks of this model write nothing yet: it is the bag', **seen_in(log.rows, 'bag'))
             write_whole(Path(out)/'config.yaml', to_yaml(c))

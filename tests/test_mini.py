@@ -79,3 +79,22 @@ def test_bad_folder(tmp_path):
     "A folder without the files is refused in a sentence, by the stage that wanted them."
     run = subprocess.run(command(tmp_path, tmp_path/'out'), capture_output=True, text=True)
     assert run.returncode!=0 and '[data] ended with code' in run.stderr and 'there is no file or folder' in (tmp_path/'out'/'data.log').read_text()
+
+def test_shipped(tmp_path):
+    "The model that lies in the repository loads, searches, and says what it was made of and under which terms."
+    where = HOME/'models'/'chroma-mini'; card = (where/'README.md').read_text(encoding='utf-8')
+    assert sum(p.stat().st_size for p in where.iterdir()) <= 20e6
+    chroma = ChromaMoE.from_pretrained(where); about = chroma.about
+    assert about['license']=='cc-by-4.0' and [r['phase'] for r in about['training']][:2]==['bag of token vectors','tuning']
+    assert '--strict --licensed' in card and 'CC BY 4.0' in card and not any(p in card for p in ('/work','/tmp','/home','/root'))
+    texts = dict(card='I ordered a debit card two weeks ago and it is still not here',
+                 claim='A creditor may file a proof of claim; the court may disallow it if it is late.',
+                 shoe='Lightweight trainers for runners, breathable mesh, cushioned sole',
+                 sales='Revenues of the segment rose by 12% to $48 million in fiscal 2018.')
+    asked = dict(card='my new card has not arrived', claim='disallowance of claims of creditors', shoe='running shoes',
+                 sales='how much did segment revenue grow in 2018?')
+    for k,q in asked.items(): assert chroma.search(q, list(texts.values()), top_k=1)[0]['text']==texts[k], q
+    lines(tmp_path/'texts.jsonl', [dict(text=t) for t in texts.values()])
+    said = subprocess.run([sys.executable, '-m', 'chroma_moe.searching', '--model', str(where), '--input', str(tmp_path/'texts.jsonl'),
+                           '--query', 'running shoes', '--top_k', '1', '--json'], capture_output=True, text=True)
+    assert 'trainers' in said.stdout, said.stderr

@@ -13,7 +13,7 @@ from chroma_moe.config import load_config
 from chroma_moe.encoder import ChromaMoE
 
 HERE = Path(os.path.relpath(Path(__file__).parent))         # so that commands say the same on every machine
-STAGES = ('data', 'tokenizer', 'own', 'bag', 'mined', 'tuned', 'model', 'evaluate')
+STAGES = ('data', 'tokenizer', 'own', 'bag', 'mined', 'tuned', 'averaged', 'model', 'evaluate')
 
 def stage(name, done, command, log):
     "Run a command, unless what it makes is there."
@@ -66,7 +66,9 @@ def main():
         mined=lambda: stage('mined', mined, module('mining', '--source', data/'pairs.jsonl', '--retriever', 'dense', '--model', out/'bag', '--out', mined,
                                                    '--negatives', 2, '--last', 30, '--pick', 'random', '--relative', 0.97, '--no_keep', '--no_progress'), log),
         tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'bag'),
-        model=lambda: (out/'model').exists() or ship(out/'tuned', out/'model', a.weights, a.length),
+        averaged=lambda: stage('averaged', out/'averaged'/'model.safetensors', ['-m', 'chroma_moe.averaging', '--model', out/'bag', '--model', out/'tuned',
+                                                                                '--out', out/'averaged'], log),
+        model=lambda: (out/'model').exists() or ship(out/'averaged', out/'model', a.weights, a.length),
         evaluate=lambda: stage('evaluate', out/'scores'/'results.json', ['-m', 'chroma_moe.evaluate', '--model', out/'model', '--benchmark', f'local:{a.data}',
                                '--baselines', 'bm25,bag,hybrid:0.3,hybrid:0.5,hybrid:0.7', '--out', out/'scores'], log))
     for name in STAGES[:STAGES.index(a.until)+1]: work[name]()
