@@ -7,7 +7,7 @@ __all__ = ['FINANCE', 'SHOP', 'TERMS', 'split_rule', 'forms']
 
 # %% ../nbs/02c_terms.ipynb #07f1b93b
 import re
-from .config import checked, need
+from .config import checked
 
 # %% ../nbs/02c_terms.ipynb #d266bf29
 _WORD,_MARKS,_SPACE = r" ?\p{L}[\p{L}\p{M}]*", r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)|\s+"
@@ -46,7 +46,6 @@ def split_rule(
     cased:bool=False,   # may the text have capitals?
 ) -> str: # a regular expression
     "The rule that cuts text into words."
-    need(digits in _NUMBER, f"digits is '{digits}': give 'whole' or 'split'")
     marked = sorted({t.lower() for t in terms if not t.isalpha()}, key=lambda t: (-len(t), t))
     names = '|'.join(re.sub(r'[^a-z0-9/&-]', r'\\\g<0>', t) for t in marked)
     soon = max((len(re.match('[a-z]*', t)[0]) for t in marked), default=0)      # letters before the first digit or mark
