@@ -262,7 +262,7 @@ def test_last_save_is_finished_at_exit(tmp_path):
     assert check_newest(tmp_path/'run', 50_000)==(1,0)
     print('a process that ends right after a save in the background has written it')
 
-@pytest.mark.parametrize('state,says', [([1], 'has the parts'), ({'a/b': 1}, 'a/b'), ({'..': 1}, 'can be file names'),
+@pytest.mark.parametrize('state,says', [([1], 'state is [1]: it must be a dictionary'), ({'a/b': 1}, 'a/b'), ({'..': 1}, 'can be file names'),
     (dict(a={1: {(1,2): 3}}), "dict with odd keys at '1'"),
     (dict(a=[object()]), "object at '0'"), (dict(a=torch.ones(1, dtype=torch.complex64)), "complex64 at 'a'"),
     (dict(a=dict(b=len)), "builtin_function_or_method at 'b'")])

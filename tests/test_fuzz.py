@@ -1,11 +1,16 @@
 "Every kind of file that is read, damaged some hundred times: a clear error or a right answer, and nothing else. `make fuzz` does it by the thousand."
-import os, subprocess, sys
+import logging, os, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
 from fuzz import TARGETS, Fuzz, where
 
 torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def quiet():
+    "Libraries log what they cannot read, and pytest-xdist cannot send half a character."
+    logging.disable(logging.CRITICAL); yield; logging.disable(logging.NOTSET)
 
 @pytest.mark.parametrize('name', TARGETS)
 def test_fuzz(name, request):

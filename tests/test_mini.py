@@ -70,7 +70,7 @@ def test_from_rows_to_scores(folder, tmp_path):
     assert again.returncode==0, again.stdout+again.stderr
     assert '[bag] is there' in again.stdout and (out/'bag'/'model.safetensors').stat().st_mtime_ns==before
     chroma = ChromaMoE.from_pretrained(out/'model')
-    assert chroma.max_length==1024 and [p['phase'] for p in chroma.about['training']]==['bag of token vectors', 'tuning']
+    assert chroma.max_length==1024 and [p['phase'] for p in chroma.about['training']]==['bag of token vectors', 'tuning', 'averaging']
     card = (out/'model'/'README.md').read_text(); assert '| shop |' in card and 'ndcg@10' in card and 'BM25' in card
     found = {r['system'] for r in json.loads((out/'scores'/'results.json').read_text())['rows']}
     assert {'model', 'BM25', 'hybrid 0.5'} <= found

@@ -107,8 +107,9 @@ def test_commands():
     from chroma_moe.tokenizer import chroma_tokenizer
     from chroma_moe.tune import chroma_tune
     from chroma_moe.averaging import chroma_average
+    from chroma_moe.bag import chroma_bag
     from chroma_moe.mining import chroma_mine
-    ours = {f.__name__: f for f in (chroma_pretrain, chroma_data, chroma_tokenizer, chroma_tune, chroma_mine, chroma_average)}; n = 0
+    ours = {f.__name__: f for f in (chroma_pretrain, chroma_data, chroma_tokenizer, chroma_tune, chroma_bag, chroma_mine, chroma_average)}; n = 0
     for line in (line for block in re.findall(r'```sh\n(.*?)```', TEXT, re.S) for line in block.splitlines()):
         name,*words = shlex.split(line)
         if name=='python': assert (HOME.parent/words[0]).is_file(); continue                     # tests/test_mini.py runs it

@@ -248,7 +248,7 @@ def test_rows_that_are_no_texts(home, tmp_path):
     (['merge','--out','{home}/x'],                                                      'there are no stores to merge'),
     (['merge','--store','{home}/store','--store','{home}/nowhere','--out','{home}/x'],  'there is no token store'),
     (['merge','--store','{home}/store','--store','{home}/store','--out','{home}/x'],    'each once'),
-    (['merge','--store','{home}/store','--strategy','fair','--out','{home}/x'],         "the strategy is 'fair'"),
+    (['merge','--store','{home}/store','--strategy','fair','--out','{home}/x'],         "strategy is 'fair': give one of"),
     (['merge','--store','{home}/store=2','--strategy','equal','--out','{home}/x'],      'leave the weights out'),
     (['merge','--store','{home}/store','--tokens','900m','--out','{home}/x'],           'without reading a text twice'),
     (['verify','{home}/nowhere'],                                                       'there is no token store'),
