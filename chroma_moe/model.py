@@ -183,6 +183,15 @@ def weights_digest(
         h.update(f'{k} {w.dtype} {tuple(w.shape)}\n'.encode()); h.update(w.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _same_header(path):
+    "Sort the metadata in the header of a safetensors file, which the library writes in any order: the same weights are to be the same bytes."
+    with open(path, 'r+b') as f:
+        n = int.from_bytes(f.read(8), 'little'); head = json.loads(f.read(n))
+        head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+        text = json.dumps(head, separators=(',',':'), ensure_ascii=False).encode()
+        if len(text)<=n: f.seek(8); f.write(text.ljust(n))                        # as long as before: the tensors stay where they are
+        os.fsync(f.fileno())
+
 @checked(kind=WEIGHTS)
 def save_model(
     model:ChromaModel,
@@ -196,7 +205,7 @@ def save_model(
         folder.mkdir(parents=True, exist_ok=True)
         shrunk = {k: v.contiguous() for k,v in shrink_weights(model.state_dict(), kind).items()}
         save_file(shrunk, new, metadata=dict(format='pt', sha256=weights_digest(shrunk)))
-        with open(new, 'rb') as f: os.fsync(f.fileno())
+        _same_header(new)
         write_whole(folder/'config.json', json.dumps(about, indent=2)+'\n'); os.replace(new, folder/'model.safetensors')  # with the weights the model is there
     except (OSError, SafetensorError) as e:
         raise ChromaError(f"the model cannot be written to '{folder}' ({getattr(e, 'strerror', None) or e}): make room there, or give another place") from None
