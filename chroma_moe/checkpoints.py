@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from .config import ChromaError, need, checked
+from .config import ChromaError, checked
 
 # %% ../nbs/14d_checkpoints.ipynb #3f2fbad6
 _FORMAT = 1   # of the folder; another number is refused
@@ -162,7 +162,6 @@ class Checkpoints:
         keep:int=2,            # newest ones that stay, beside the best
         background:bool=False, # write while training goes on?
     ):
-        need(keep>0, f'keep is {keep}: at least 1 checkpoint must stay')
         self.folder,self.keep,self.background,self.faults = Path(folder),keep,background,{} # faults: what was verified here, by path
         self.pool,self.pending = ThreadPoolExecutor(1, 'checkpoint'),None
         _tidy(self.folder)

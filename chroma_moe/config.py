@@ -633,7 +633,7 @@ def _convert(value, kind, name):
 @checked
 def build(
     cls:type,      # a dataclass
-    values:dict,   # plain values by name, nested for nested dataclasses
+    values,        # plain values by name, nested for nested dataclasses; what is none is refused by the name of its section
     name:str='',   # dotted name of this section, for messages
 ):
     "Make a `cls` from plain `values`, refusing unknown names and wrong types."

@@ -26,7 +26,6 @@ def knn_predict(
     block:int=4096,     # texts at a time
 ) -> np.ndarray: # (m,) labels, as text
     "The label for which the nearest neighbours vote."
-    need(k>0, f'k is {k}: one neighbour at least must vote')
     names,number = _classes(labels, len(train))
     out = []
     for i in range(0, len(texts), block):

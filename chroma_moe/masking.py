@@ -106,7 +106,6 @@ def mask_batch(
 ) -> Masked:
     "Pack `texts` and hide spans of them."
     need(len(keys)==len(texts), f'{len(texts)} texts and {len(keys)} keys: give one key a text')
-    need(0<=corrupt<=1, f'corrupt is {corrupt}: give a share between 0 and 1, such as 0.2')
     need(corrupt==0 or vocab_size>len(SPECIALS), f'corrupt is {corrupt} and vocab_size {vocab_size}: random tokens '
          'need the size of the vocabulary')
     batch = pack(texts)

@@ -20,7 +20,6 @@ def gains_of(
     k:int,       # places to look at
 ) -> np.ndarray: # (at most k,) float64
     "Grades in the order of the ranking; what was not judged has grade 0."
-    need(k>0, f'k is {k}: look at one place at least')
     return np.array([grades.get(d, 0.) for d in list(dict.fromkeys(ranked))[:k]], dtype=np.float64)
 
 # %% ../nbs/11_metrics.ipynb #3c32ecf4

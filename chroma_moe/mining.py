@@ -770,8 +770,6 @@ def mine_pairs(
 ) -> dict: # the report
     "Mine negatives for a stream of pairs into a file, or go on with a run that was killed."
     need(str(out).endswith(('.jsonl','.jsonl.zst')), f"the output is '{out}': give a name that ends in .jsonl or .jsonl.zst")
-    need(block>0, f'block is {block}: give a number of rows such as 4096')
-    need(workers>=0, f'workers is {workers}: give a number of processes, or 0 for one a core')
     need(workers==1 or 'dense' not in retrievers, f'workers is {workers} and a model has threads of its own: leave it at 1 for dense')
     _check(retrievers, index, model)
     stream = lambda: pairs(sources, size, seed, strategy='proportional', max_bad=max_bad)

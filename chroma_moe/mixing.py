@@ -40,7 +40,6 @@ class Stream:
         ranks:int=1,     # ... of so many
     ):
         need(0<=rank<ranks, f'rank is {rank} of {ranks}: give 0 to {ranks-1}')
-        need(shuffle>=0, f'shuffle is {shuffle}: give a number of rows, or 0')
         self.readers,self.strategy,self.size,self.shuffle,self.seed = readers,strategy,size,shuffle,seed
         self.rank,self.ranks,self.epoch = rank,ranks,0
         once = strategy=='proportional'

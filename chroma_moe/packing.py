@@ -72,7 +72,6 @@ def token_batches(
     max_texts:int|None=None, # texts in a batch, at most
 ) -> list[list[int]]:
     "Cut texts 0..n-1 into batches of at most `budget` tokens, in order."
-    need(budget>0, f'the token budget is {budget}: it must be positive')
     out,batch,used = [],[],0
     for i,n in enumerate(lengths):
         if batch and (used+n>budget or len(batch)==max_texts): out.append(batch); batch,used = [],0

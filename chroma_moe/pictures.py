@@ -84,7 +84,6 @@ def map_of(
     title:str='',
 ):
     "A map of texts, as a matplotlib `Figure`."
-    need(kind in ('pca','tsne'), f"a map of kind '{kind}' was asked for: give pca or tsne")
     vectors = encoder.encode_document(list(texts))
     points,shares = principal(vectors) if kind=='pca' else (t_sne(vectors), None)
     return map_figure(points, labels, title, shares)

@@ -521,7 +521,6 @@ def chroma_serve(
 ):
     "Serve a model at /v1/embeddings, as OpenAI's clients expect it."
     limits = build(Limits, {k: read_yaml(v, f'--limit {k}') for k,v in _pairs(limit, 'limit').items()}, 'limit')
-    need(batch_texts>0, f'batch_texts is {batch_texts}: it must be at least 1')
     keys = read_keys(api_key_file)
     _web(_starlette); _web(_uvicorn); tune_cpu()
     listening = listen(host, port)

@@ -779,7 +779,6 @@ def chroma_synthesise(
     _check_numbers(1, queries=queries, concurrency=concurrency, passage_chars=passage_chars, max_chars=max_chars, answer_tokens=answer_tokens)
     _check_numbers(0, price_in=price_in, price_out=price_out, max_cost=max_cost, top_k=top_k, requests_per_minute=requests_per_minute,
                    tokens_per_minute=tokens_per_minute, retries=retries, wait=wait, temperature=temperature)
-    need(timeout>0, f'--timeout is {timeout}: give seconds, 120 is usual')
     need(not max_cost or price_in or price_out, f'--max_cost is {max_cost} and no price is known: give --price_in and --price_out, for a million tokens')
     c,prices,prompts,path = load_config(config, profile, set), Prices(price_in, price_out), read_prompts(prompts), Path(out)
     need(domain in ('', *prompts), f"--domain is '{domain}': give {', '.join(prompts)}, or put its prompt into a file for --prompts")

@@ -240,7 +240,7 @@ BROKEN = {
     'a pickle': (edit('model.safetensors', lambda b: pickle.dumps(dict(a=1))), 'cut short or damaged'),
     'cut config': (edit('config.json', lambda b: b[:100]), 'is not valid JSON'),
     'config of another kind': (edit('config.json', lambda b: b'[1, 2]'), 'holds a list, not an object'),
-    'config without sizes': (edit_config(lambda c: c.pop('model')), 'must be a dictionary'),
+    'config without sizes': (edit_config(lambda c: c.pop('model')), 'must be a section'),
     'wider model': (edit_config(lambda c: c['model'].update(dim=64)), "tensors do not fit config.json, such as"),
     'more layers': (edit_config(lambda c: c['model'].update(layers=3)), "is None and config.json asks for"),
     'fewer layers': (edit_config(lambda c: c['model'].update(layers=1)), "and config.json asks for None"),
