@@ -33,7 +33,7 @@ def worth(p, c, power=.5): return token_importance(p.tokens, c.model.vocab_size,
 
 def made(c, p, tokenizer, kind=TokenBag, power=.5, words=True):
     m = c.model
-    return kind(m.vocab_size, m.dim, c.tune.seed, worth(p, c, power), m.pooling.early, spelled(c, tokenizer) if words else None)
+    return kind(m.vocab_size, m.dim, c.tune.seed, worth(p, c, power), m.pooling.early, m.pooling.surprise, spelled(c, tokenizer) if words else None)
 
 VARIANTS = dict(                                           # how the bag is made, settings
     base=({}, []), letters=(dict(words=False), []), once=(dict(kind=SpelledOnce), []), late=({}, ['model.pooling.early=0']),

@@ -58,7 +58,7 @@ def chroma_bag(
         log = MetricsLog(Path(out)/'metrics.jsonl' if ranks.main else None)
         if not resume: log.resume(0, 'bag')
         words = [tokenizer.decode([i]) for i in range(len(tokenizer))] if letters else None
-        bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size), m.pooling.early, words)
+        bag = TokenBag(m.vocab_size, m.dim, c.tune.seed, token_importance(p.tokens, m.vocab_size), m.pooling.early, m.pooling.surprise, words)
         tune(c, bag, p, log, 'bag', progress, out, resume, held, ranks)
         if ranks.main:
             model = ChromaModel(m, c.tune.seed); start_from_bag(model, bag, silent=True)

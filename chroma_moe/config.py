@@ -248,12 +248,16 @@ class PoolingConfig:
     out_dim:int = 512          # width of the embedding
     log_counts:bool = False    # in a mean, does a token that occurs c times in a text count 1 + log c times?
     early:float = 0.           # and does one that first occurs i tokens into its text count (1 + i/32)^-early as much? 0 for no
+    surprise:float = 0.        # in a mean, does a token count exp(-surprise*c) as much, c the cosine between it and the mean? 0 for no
 
     def __post_init__(self):
         check_fields(self, 'model.pooling.', kind=POOLINGS, latents=1, heads=1, out_dim=1)
-        need(not self.log_counts or self.latent or self.kind.startswith('mean'), f"model.pooling.log_counts is true and model.pooling.kind is '{self.kind}', "
-             'which takes no mean: set model.pooling.kind=mean, or leave log_counts out')
+        for k in ('log_counts','surprise'):
+            value = getattr(self, k)
+            need(not value or self.latent or self.kind.startswith('mean'), f"model.pooling.{k} is {str(value).lower()} and model.pooling.kind is "
+                 f"'{self.kind}', which takes no mean: set model.pooling.kind=mean, or leave {k} out")
         need(0<=self.early<=2, f'model.pooling.early is {self.early}: give 0 (all places count alike) to 2')
+        need(0<=self.surprise<=4, f'model.pooling.surprise is {self.surprise}: give 0 (all words count alike) to 4')
         need(self.log_counts or not self.early, f'model.pooling.early is {self.early} and model.pooling.log_counts is false: where a token first occurs is '
              'counted by token, set model.pooling.log_counts=true, or model.pooling.early=0')
 

@@ -22,7 +22,7 @@ from .files import write_whole
 from .mixing import pairs
 from .tokenizer import ChromaTokenizer, QUERY, DOCUMENT
 from .packing import Packed
-from .pooling import count_weights, segment_mean
+from .pooling import count_weights, segment_mean, surprise_weights
 from .model import ChromaModel, writes_stream
 from .indexing import nearest
 from .card import add_phase, command_line, seen_in, settings_of
@@ -295,10 +295,11 @@ class TokenBag(nn.Module):
         seed:int=0,
         importance:Tensor|None=None, # (V,) positive, what each token is worth to begin with; it is learned
         early:float=0.,              # do tokens that come later count less? see `count_weights`
+        surprise:float=0.,           # do tokens that are like the rest of their text count less? see `surprise_weights`
         words:list|None=None,        # how each token is spelled, to share what is learned among tokens that look alike
     ):
         super().__init__()
-        self.embedding,self.embed_dim,self.early = nn.Embedding(vocab_size, dim),dim,early
+        self.embedding,self.embed_dim,self.early,self.surprise = nn.Embedding(vocab_size, dim),dim,early,surprise
         g = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.embedding.weight, std=1. if words is None else .5, generator=g)
         self.log_importance = None if importance is None else nn.Parameter(importance.log())
@@ -325,8 +326,11 @@ class TokenBag(nn.Module):
 
     def embed(self, batch:Packed) -> tuple: # -> (B, dim) unit vectors, no routing
         "A vector for each text."
-        if self.log_importance is None: return batch.restore(F.normalize(segment_mean(F.embedding(batch.ids, self.table), batch), dim=-1)), None
-        worth = count_weights(batch, self.early)*self.log_importance[batch.ids].exp()
+        worth = None if self.log_importance is None else count_weights(batch, self.early)*self.log_importance[batch.ids].exp()
+        if worth is None or self.surprise:
+            h = F.embedding(batch.ids, self.table)
+            if self.surprise: worth = surprise_weights(h, batch, self.surprise, worth)
+            return batch.restore(F.normalize(segment_mean(h, batch, worth), dim=-1)), None
         total = F.embedding_bag(batch.ids, self.table, batch.cu_seqlens[:-1].long(), mode='sum', per_sample_weights=worth)
         return batch.restore(F.normalize(total, dim=-1)), None
 
@@ -343,7 +347,9 @@ def start_from_bag(
     weighted = bag.log_importance is not None
     need(m.pooling.log_counts==weighted, f'model.pooling.log_counts is {m.pooling.log_counts}, and the bag counts words '
          f'{"on a log scale" if weighted else "as they come"}: set model.pooling.log_counts={str(weighted).lower()}')
-    need(m.pooling.early==bag.early, f'model.pooling.early is {m.pooling.early} and that of the bag is {bag.early}: set model.pooling.early={bag.early}')
+    for k in ('early','surprise'):
+        ours,its = getattr(m.pooling, k),getattr(bag, k)
+        need(ours==its, f'model.pooling.{k} is {ours} and that of the bag is {its}: set model.pooling.{k}={its}')
     need(m.pooling.out_dim==m.dim==bag.embed_dim, f'the bag has width {bag.embed_dim}, the model {m.dim} and its output {m.pooling.out_dim}: '
          'they must be equal')
     model.embedding.weight.copy_(vectors/vectors.square().mean().sqrt()/m.dim**0.5)      # the size that the stream expects
