@@ -65,7 +65,7 @@ def main():
     kept = json.loads(a.out.read_text()) if a.out.exists() else dict(settings=settings, found=[])
     if kept['settings']!=settings: parser.error(f"{a.out} was measured with {kept['settings']}: give another --out")
     tasks = [smaller(t, a.queries, a.documents) for t in local_tasks(a.data) if t.kind=='retrieval']
-    bag = ChromaMoE.from_pretrained(a.run/'bag'); bag.max_length = a.length
+    bag = ChromaMoE.from_pretrained(a.run/'joined'); bag.max_length = a.length
     recipe = Path(__file__).parents[1]/'recipes'/'mini'/'mini.yaml'
     def keep(**row): kept['found'].append(row); a.out.write_text(json.dumps(kept)+'\n')
     if not any(f['variant']=='bag' for f in kept['found']): keep(variant='bag', seed=0, seconds=0, scores=scores(bag, tasks))

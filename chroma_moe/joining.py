@@ -7,7 +7,6 @@ __all__ = ['main_directions', 'bag_of', 'join_bags', 'chroma_join']
 
 # %% ../nbs/20e_joining.ipynb #78ceeca0
 from dataclasses import replace
-from types import SimpleNamespace
 import numpy as np, torch
 from torch import Tensor
 from .config import checked, cli, need
@@ -36,12 +35,15 @@ def main_directions(
     return direction*sign*(value/value[0])**-power
 
 @torch.no_grad()
+@checked
 def bag_of(
-    table:Tensor, # (V, D) what each token brings to the sum
-    like,         # what has `early`, `surprise` and `log_importance`, as a `TokenBag`
+    table:Tensor,      # (V, D) what each token brings to the sum
+    log_counts:bool,   # how words are counted, as in `model.pooling`
+    early:float=0.,
+    surprise:float=0.,
 ) -> TokenBag:
-    "A bag with this table, which counts words as another does."
-    bag = TokenBag(*table.shape, importance=None if like.log_importance is None else torch.ones(len(table)), early=like.early, surprise=like.surprise).to(table)
+    "A bag that has this table."
+    bag = TokenBag(*table.shape, importance=torch.ones(len(table)) if log_counts else None, early=early, surprise=surprise).to(table)
     bag.embedding.weight.copy_(table)
     return bag
 
@@ -55,13 +57,13 @@ def join_bags(
 ) -> TokenBag:
     "One bag that says, as well as its width allows, what several say together."
     first = bags[0]
-    kind = lambda b: (len(b.vectors), b.early, b.surprise, b.log_importance is None)
-    need(all(kind(b)==kind(first) for b in bags), 'the bags differ in their number of tokens, or in how they count words: join bags with one tokenizer '
-         'and one model.pooling')
+    how = lambda b: (b.log_importance is not None, b.early, b.surprise)
+    need(all(how(b)==how(first) and len(b.vectors)==len(first.vectors) for b in bags), 'the bags differ in their number of tokens, or in how they '
+         'count words: join bags with one tokenizer and one model.pooling')
     tables = [b.vectors/b.vectors.square().mean().sqrt() for b in bags]
     wide = torch.cat(tables, 1)
-    x = torch.cat([bag_of(wide, first).embed(b)[0] for b in batches])
-    return bag_of(wide @ main_directions(x, dim, power), first)
+    x = torch.cat([bag_of(wide, *how(first)).embed(b)[0] for b in batches])
+    return bag_of(wide @ main_directions(x, dim, power), *how(first))
 
 # %% ../nbs/20e_joining.ipynb #b116cbff
 def _as_bag(folder, chroma):
@@ -69,8 +71,7 @@ def _as_bag(folder, chroma):
     plain = m.pooling.kind=='mean' or m.pooling.latent and not (pool.o.weight.any() or pool.down.weight.any())
     need(plain and all(b.silent for b in chroma.model.blocks), f"the model in '{folder}' is more than a bag: "
          'its blocks write, or it pools by more than a mean; give folders that chroma_bag wrote')
-    like = SimpleNamespace(early=m.pooling.early, surprise=m.pooling.surprise, log_importance=True if m.pooling.log_counts else None)
-    return bag_of(chroma.model.embedding.weight.detach() @ pool.project.weight.detach().T, like)
+    return bag_of(chroma.model.embedding.weight.detach() @ pool.project.weight.detach().T, m.pooling.log_counts, m.pooling.early, m.pooling.surprise)
 
 @cli
 @checked(size=1, dim=0, power=(0,.5), surprise=(0,4))

@@ -277,6 +277,11 @@ chroma_bag | model.pooling.log_counts is False
 chroma_average | --model
 chroma_average --model nowhere | nowhere
 chroma_average --run nowhere | nowhere
+chroma_join | two bags at least
+chroma_join --model nowhere --model other --source nowhere.txt | nowhere
+chroma_join --model model --model model | there are no texts
+chroma_join --model model --model model --source texts.txt | is more than a bag
+chroma_join --power 2 | power is 2
 chroma_plot nowhere | nowhere
 chroma_demo --minutes 0 | minutes is 0
 chroma_synthesise --source nowhere.txt --model m --url http://localhost:9 | nowhere.txt

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def command(folder, out, *more):
     sets = [x for s in SMALL for x in ('--set', s)]
-    return [sys.executable, str(HOME/'recipes'/'mini'/'run.py'), '--data', str(folder), '--out', str(out), '--steps', '0.02', *sets, *more]
+    return [sys.executable, str(HOME/'recipes'/'mini'/'run.py'), '--data', str(folder), '--out', str(out), '--steps', '0.02', '--bags', '2', *sets, *more]
 
 def rows_of(path): return [json.loads(l) for l in path.read_text().splitlines()]
 
@@ -64,13 +64,13 @@ def test_from_rows_to_scores(folder, tmp_path):
         while run.poll() is None and not (out/'tuned'/'checkpoints').exists(): time.sleep(.1)
         time.sleep(.3); assert run.poll() is None, (tmp_path/'said').read_text()
         os.killpg(run.pid, signal.SIGKILL); run.wait()
-    assert (out/'bag'/'model.safetensors').exists(), (tmp_path/'said').read_text()
-    before = (out/'bag'/'model.safetensors').stat().st_mtime_ns
+    assert (out/'bag1'/'model.safetensors').exists(), (tmp_path/'said').read_text()
+    before = (out/'bag1'/'model.safetensors').stat().st_mtime_ns
     again = subprocess.run(command(folder[0], out), capture_output=True, text=True, env=env)
     assert again.returncode==0, again.stdout+again.stderr
-    assert '[bag] is there' in again.stdout and (out/'bag'/'model.safetensors').stat().st_mtime_ns==before
+    assert '[bag1] is there' in again.stdout and (out/'bag1'/'model.safetensors').stat().st_mtime_ns==before
     chroma = ChromaMoE.from_pretrained(out/'model')
-    assert chroma.max_length==1024 and [p['phase'] for p in chroma.about['training']]==['bag of token vectors', 'tuning', 'averaging']
+    assert chroma.max_length==1024 and [p['phase'] for p in chroma.about['training']]==['bag of token vectors']*2+['joining', 'tuning', 'averaging']
     card = (out/'model'/'README.md').read_text(); assert '| shop |' in card and 'ndcg@10' in card and 'BM25' in card
     found = {r['system'] for r in json.loads((out/'scores'/'results.json').read_text())['rows']}
     assert {'model', 'BM25', 'hybrid 0.5'} <= found

@@ -39,9 +39,9 @@ def main():
     parser.add_argument('--licensed', action='store_true', help='only sources with clear terms')
     parser.add_argument('--without', action='append', default=[], help='a source of pairs to leave out, by the beginning of its name (may be repeated)')
     a = parser.parse_args(); a.out.mkdir(parents=True, exist_ok=True)
-    drop = tuple(a.without) + (UNCLEAR if a.licensed else ())
-    kept = dict(texts=[r for r in texts(str(a.data/'corpus')) if not (drop and r['source'].startswith(drop))],
-                pairs=[r for r in pairs(str(a.data/'train')) if not (drop and r['source'].startswith(drop))])
+    unclear = UNCLEAR if a.licensed else ()
+    kept = dict(texts=[r for r in texts(str(a.data/'corpus')) if not r['source'].startswith(unclear)],
+                pairs=[r for r in pairs(str(a.data/'train')) if not r['source'].startswith((*unclear, *a.without))])
     said = {k: len(v) for k,v in kept.items()}
     if a.strict:
         for k in kept:

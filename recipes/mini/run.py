@@ -7,13 +7,14 @@
 DIR is laid out as `prepare.py` says; every dev set in it is scored at the end. Each stage is a command that also works by hand, and is printed.
 """
 import argparse, json, os, shlex, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chroma_moe.config import load_config
 from chroma_moe.encoder import ChromaMoE
 
 HERE = Path(os.path.relpath(Path(__file__).parent))         # so that commands say the same on every machine
-STAGES = ('data', 'tokenizer', 'own', 'bag', 'mined', 'tuned', 'averaged', 'model', 'evaluate')
+STAGES = ('data', 'tokenizer', 'own', 'bags', 'joined', 'mined', 'tuned', 'averaged', 'model', 'evaluate')
 
 def stage(name, done, command, log):
     "Run a command, unless what it makes is there."
@@ -39,34 +40,44 @@ def main():
     parser.add_argument('--strict', action='store_true', help='train on nothing that the dev sets are judged on')
     parser.add_argument('--licensed', action='store_true', help='train on sources with clear terms only')
     parser.add_argument('--without', action='append', default=[], help='a source of pairs to leave out (may be repeated)')
+    parser.add_argument('--bags', type=int, default=4, help='bags of token vectors, from as many seeds, that are joined into one')
+    parser.add_argument('--surprise', type=float, default=.8, help='model.pooling.surprise of the joined bag')
+    parser.add_argument('--at_once', type=int, default=1, help='bags that are trained side by side')
     parser.add_argument('--steps', type=float, default=1., help='share of the steps of each stage')
     parser.add_argument('--until', choices=STAGES, default=STAGES[-1], help='the last stage')
     parser.add_argument('--weights', default='int8', help='of the final folder: float32, bfloat16 or int8')
     parser.add_argument('--length', type=int, default=1024, help='tokens of a text that the final model reads')
-    a = parser.parse_args(); out = a.out; out.mkdir(parents=True, exist_ok=True)
+    a = parser.parse_args(); out = a.out
+    if a.bags<2 or a.at_once<1: parser.error(f'--bags is {a.bags} and --at_once {a.at_once}: give two bags at least, and one at once')
+    out.mkdir(parents=True, exist_ok=True)
     data,log = out/'data',out
     def module(name, *more, sets=(), config=a.config):      # a command of the package with the recipe's settings
         every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', f'data.valid_pairs={data}/valid.jsonl', *sets, *a.set]
         return ['-m', f'chroma_moe.{name}', '--config', config, *(x for s in every for x in ('--set', s)), *map(str, more)]
-    def tuned(name, folder, files, start=None, config=a.config):
+    def tuned(name, folder, files, start=None, config=a.config, seed=0):
         steps = load_config(config).tune.steps
-        sets = [f'tune.steps={max(2, round(steps*a.steps))}', f'data.pairs=[{",".join(map(str, files))}]']
+        sets = [f'tune.steps={max(2, round(steps*a.steps))}', f'tune.seed={seed}', f'data.pairs=[{",".join(map(str, files))}]']
         begin = ['--pretrained', start] if start else []
         resume = ['--resume'] if (folder/'checkpoints').exists() else []
         stage(folder.name, folder/'model.safetensors', module(name, *begin, '--out', folder, '--no_progress', *resume, sets=sets, config=config), log)
 
     flags = [f'--{k}' for k in ('strict','licensed') if getattr(a, k)] + [x for w in a.without for x in ('--without', w)]
-    own,mined = out/'own.jsonl',out/'mined.jsonl'
+    own,mined,bags = out/'own.jsonl',out/'mined.jsonl',[out/f'bag{i}' for i in range(a.bags)]
+    def bag(i): tuned('bag', bags[i], [data/'pairs.jsonl', own], config=HERE/'bag.yaml', seed=i)
+    def side_by_side(f, n):
+        with ThreadPoolExecutor(a.at_once) as pool: list(pool.map(f, range(n)))
     work = dict(
         data=lambda: stage('data', data/'pairs.jsonl', [HERE/'prepare.py', '--data', a.data, '--out', data, *flags], log),
         tokenizer=lambda: stage('tokenizer', out/'tokenizer', module('tokenizer', '--source', data/'texts.jsonl', '--out', out/'tokenizer',
                                                                      '--no_progress'), log),
         own=lambda: stage('own', own, module('crops', '--source', data/'texts.jsonl', '--out', own), log),
-        bag=lambda: tuned('bag', out/'bag', [data/'pairs.jsonl', own], config=HERE/'bag.yaml'),
-        mined=lambda: stage('mined', mined, module('mining', '--source', data/'pairs.jsonl', '--retriever', 'dense', '--model', out/'bag', '--out', mined,
+        bags=lambda: side_by_side(bag, a.bags),
+        joined=lambda: stage('joined', out/'joined'/'model.safetensors', ['-m', 'chroma_moe.joining', *(x for b in bags for x in ('--model', b)), '--source',
+                                                                          data/'texts.jsonl', '--surprise', a.surprise, '--out', out/'joined'], log),
+        mined=lambda: stage('mined', mined, module('mining', '--source', data/'pairs.jsonl', '--retriever', 'dense', '--model', out/'joined', '--out', mined,
                                                    '--negatives', 2, '--last', 30, '--pick', 'random', '--relative', 0.97, '--no_keep', '--no_progress'), log),
-        tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'bag'),
-        averaged=lambda: stage('averaged', out/'averaged'/'model.safetensors', ['-m', 'chroma_moe.averaging', '--model', out/'bag', '--model', out/'tuned',
+        tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'joined'),
+        averaged=lambda: stage('averaged', out/'averaged'/'model.safetensors', ['-m', 'chroma_moe.averaging', '--model', out/'joined', '--model', out/'tuned',
                                                                                 '--out', out/'averaged'], log),
         model=lambda: (out/'model').exists() or ship(out/'averaged', out/'model', a.weights, a.length),
         evaluate=lambda: stage('evaluate', out/'scores'/'results.json', ['-m', 'chroma_moe.evaluate', '--model', out/'model', '--benchmark', f'local:{a.data}',
