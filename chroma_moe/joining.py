@@ -106,7 +106,7 @@ def chroma_join(
         start_from_bag(chroma.model, joined, silent=True)
         line = command_line('chroma_join', model=model, source=source, size=size, dim=dim, power=power, surprise=surprise)
         known = [r for c in chromas for r in c.about['training']]
-        chroma.about = add_phase(first.about | dict(training=[r for i,r in enumerate(known) if r not in known[:i]]), 'joining', list(source), started=True,
+        chroma.about = add_phase(first.about | dict(training=[r for i,r in enumerate(known) if r not in known[:i]]), 'joining', started=True,
                                  command=line, models=len(model),
                                  note='bags of several seeds, side by side, and their main directions; the blocks of this model write nothing yet')
         chroma.save_pretrained(out)
