@@ -2,10 +2,12 @@
 
     python benchmarks/probe_mini.py --run runs/mini --data DIR --out F                      all variants, three seeds; F is resumable
     python benchmarks/probe_mini.py --run runs/mini --data DIR --out F --seeds 0 --variants base,dense
+    python benchmarks/probe_mini.py --run runs/mini --data DIR --out G --seeds 0 --variants gpu,gpu_dense,gpu_four --steps 500 --length 1024
 
-RUN is a folder of recipes/mini/run.py that is past its stage `mined`; DIR is what that run was made from. Each variant begins as the bag and takes --steps
-steps with the recipe's settings. Scores: mean nDCG@10 over the dev sets, each with at most --queries queries and --documents documents, of which all that are
-judged for them; differences to the bag come from the same queries.
+RUN is a folder of recipes/mini/run.py --transformer that is past its stage `mined`; DIR is what that run was made from. Each variant begins as the joined bag
+and takes --steps steps with the recipe's settings; those with `gpu` in their name want one, and more steps. Scores: mean nDCG@10 over
+the dev sets, each with at most --queries queries and --documents documents, of which all that are judged for them;
+differences to the bag come from the same queries.
 """
 import argparse, json, time
 from dataclasses import replace
@@ -18,14 +20,17 @@ from chroma_moe.encoder import ChromaMoE
 from chroma_moe.evaluation import local_tasks
 from chroma_moe.metrics import paired_bootstrap, score_queries
 from chroma_moe.model import ChromaModel, writes_stream
+from chroma_moe.parallel import start
 from chroma_moe.systems import Dense
 from chroma_moe.training import tune_cpu
 from chroma_moe.tune import load_pairs, tune
 
+GPU = ['tune.batch_tokens=0', 'tune.negatives=1', 'tune.lr=5e-4', 'train.micro_tokens=131072', 'train.precision=auto'] # fourteen times the tokens a step
 VARIANTS = dict(                                           # model sections to replace, settings
     base=({}, []), dense=(dict(moe=dict(dense='twin')), []), total=(dict(moe=dict(experts=0, shared=0, dense_dim=896)), []),
     latent=(dict(pooling=dict(kind='latent_nv', latents=64, heads=4)), []), negatives=({}, ['tune.negatives=0', 'tune.batch_tokens=10000']),
     small=({}, ['tune.batch_tokens=4000']), matryoshka=({}, ['tune.matryoshka=[64,256]']), symmetric=({}, ['tune.symmetric=true']),
+    gpu=({}, GPU), gpu_dense=(dict(moe=dict(dense='twin')), GPU), gpu_four=(dict(layers=4), GPU),
     pairs=({}, ['tune.often=["*/crop=0.001","*/keywords=0.001"]']), fast=({}, ['tune.lr=1e-3', 'tune.min_lr=5e-5']), frozen=({}, ['optim.embedding=0']))
 
 def smaller(task, queries, documents):
@@ -47,7 +52,7 @@ def scores(chroma, tasks):
 def begun(bag, changes, seed):
     "A model of another shape that begins as the bag."
     m = bag.model.m
-    m = replace(m, **{k: replace(getattr(m, k), **v) for k,v in changes.items()})
+    m = replace(m, **{k: replace(getattr(m, k), **v) if isinstance(v, dict) else v for k,v in changes.items()})
     model = ChromaModel(m, seed)
     with torch.no_grad():
         model.embedding.weight.copy_(bag.model.embedding.weight); model.pool.project.weight.copy_(bag.model.pool.project.weight)
@@ -58,7 +63,7 @@ def begun(bag, changes, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for k in ('run','data','out'): parser.add_argument(f'--{k}', type=Path, required=True)
-    parser.add_argument('--seeds', default='0,1,2'); parser.add_argument('--variants', default=','.join(VARIANTS))
+    parser.add_argument('--seeds', default='0,1,2'); parser.add_argument('--variants', default=','.join(v for v in VARIANTS if not v.startswith('gpu')))
     for k,v in (('steps',100), ('queries',150), ('documents',600), ('length',384)): parser.add_argument(f'--{k}', type=int, default=v)
     a = parser.parse_args(); torch.set_num_threads(1); tune_cpu()
     settings = dict(steps=a.steps, queries=a.queries, documents=a.documents, length=a.length)
@@ -80,7 +85,8 @@ def main():
             key = c.tune.negatives
             if key not in ready: ready = {key: load_pairs(c, bag.tokenizer)[0]}
             model = begun(bag, changes, seed); began = time.process_time()
-            tune(c, model, ready[key], progress=False)
+            ranks = start(c.train.precision)
+            tune(c, model.to(ranks.device), ready[key], progress=False, ranks=ranks)
             spent = time.process_time()-began
             keep(variant=name, seed=seed, seconds=round(spent), scores=scores(ChromaMoE(model, bag.tokenizer, a.length), tasks))
             print(f'{name} {seed}: {np.mean([np.mean(v) for v in kept["found"][-1]["scores"].values()]):.4f} in {spent:.0f} s of one core', flush=True)

@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
 
 def command(folder, out, *more):
     sets = [x for s in SMALL for x in ('--set', s)]
-    return [sys.executable, str(HOME/'recipes'/'mini'/'run.py'), '--data', str(folder), '--out', str(out), '--steps', '0.02', '--bags', '2', *sets, *more]
+    return [sys.executable, str(HOME/'recipes'/'mini'/'run.py'), '--data', str(folder), '--out', str(out), '--steps', '0.02', '--bags', '2', '--transformer',
+            *sets, *more]
 
 def rows_of(path): return [json.loads(l) for l in path.read_text().splitlines()]
 

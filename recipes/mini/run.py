@@ -15,6 +15,7 @@ from chroma_moe.encoder import ChromaMoE
 
 HERE = Path(os.path.relpath(Path(__file__).parent))         # so that commands say the same on every machine
 STAGES = ('data', 'tokenizer', 'own', 'bags', 'joined', 'mined', 'tuned', 'averaged', 'model', 'evaluate')
+TRANSFORMER = ('mined', 'tuned', 'averaged')                 # stages that are left out without --transformer
 
 def stage(name, done, command, log):
     "Run a command, unless what it makes is there."
@@ -42,6 +43,7 @@ def main():
     parser.add_argument('--without', action='append', default=[], help='a source of pairs to leave out (may be repeated)')
     parser.add_argument('--bags', type=int, default=4, help='bags of token vectors, from as many seeds, that are joined into one')
     parser.add_argument('--surprise', type=float, default=.8, help='model.pooling.surprise of the joined bag')
+    parser.add_argument('--transformer', action='store_true', help='go on from the joined bag with the transformer, and average the two')
     parser.add_argument('--at_once', type=int, default=1, help='bags that are trained side by side')
     parser.add_argument('--steps', type=float, default=1., help='share of the steps of each stage')
     parser.add_argument('--until', choices=STAGES, default=STAGES[-1], help='the last stage')
@@ -79,10 +81,11 @@ def main():
         tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'joined'),
         averaged=lambda: stage('averaged', out/'averaged'/'model.safetensors', ['-m', 'chroma_moe.averaging', '--model', out/'joined', '--model', out/'tuned',
                                                                                 '--out', out/'averaged'], log),
-        model=lambda: (out/'model').exists() or ship(out/'averaged', out/'model', a.weights, a.length),
+        model=lambda: (out/'model').exists() or ship(out/('averaged' if a.transformer else 'joined'), out/'model', a.weights, a.length),
         evaluate=lambda: stage('evaluate', out/'scores'/'results.json', ['-m', 'chroma_moe.evaluate', '--model', out/'model', '--benchmark', f'local:{a.data}',
                                '--baselines', 'bm25,bag,hybrid:0.3,hybrid:0.5,hybrid:0.7', '--out', out/'scores'], log))
-    for name in STAGES[:STAGES.index(a.until)+1]: work[name]()
+    for name in STAGES[:STAGES.index(a.until)+1]:
+        if a.transformer or name not in TRANSFORMER: work[name]()
     if (out/'scores'/'results.json').exists():
         rows = json.loads((out/'scores'/'results.json').read_text(encoding='utf-8'))['rows']
         print(f'{len(rows)} figures in {out/"scores"}; the model is {out/"model"}')
