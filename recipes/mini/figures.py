@@ -4,7 +4,7 @@
 
 RUN is the --out of run.py, or any folder that chroma_evaluate wrote results.json to. For each system: nDCG@10 by dev set with its interval, and on the
 queries that hold a number or an identifier; learning curves of each stage; bytes of the model folder; which experts read the texts
-of each source; how well the bag ranks the pairs that it was trained on.
+of each source; how well the joined bag ranks the pairs that it was trained on.
 """
 import argparse, json, re
 from pathlib import Path
@@ -45,7 +45,7 @@ def scores(path, tasks):
 def curves(run):
     "stage -> step, loss or held-out nDCG."
     out = {}
-    for stage in ('bag', 'tuned'):
+    for stage in ('bag0', 'tuned'):
         if not (run/stage/'metrics.jsonl').exists(): continue
         rows = read_metrics(run/stage/'metrics.jsonl')
         out[stage] = dict(loss=[[r['step'], round(r['loss'], 3)] for r in rows if 'loss' in r][::5],
@@ -62,8 +62,8 @@ def few_texts(run, n=8):
     return {s: t[::max(1, len(t)//n)][:n] for s,t in sorted(out.items()) if len(t)>=n}
 
 def memory(run, n=2000):
-    "source -> nDCG@10 of training pairs by the bag, among the answers of their source, and pairs asked."
-    chroma,by = ChromaMoE.from_pretrained(run/'bag'),{}
+    "source -> nDCG@10 of training pairs by the joined bag, among the answers of their source, and pairs asked."
+    chroma,by = ChromaMoE.from_pretrained(run/'joined'),{}
     for line in open(run/'data'/'pairs.jsonl', encoding='utf-8'): r = json.loads(line); by.setdefault(r['source'], []).append(r)
     out = {}
     for s,rows in sorted(by.items()):
@@ -90,7 +90,7 @@ def main():
     for name,_,run in (x.partition('=') for x in a.runs):
         run = Path(run); place = run/'scores'/'results.json' if (run/'scores').is_dir() else run/'results.json'
         found[name] = dict(scores=scores(place, tasks), curves=curves(run))
-        if (run/'bag').is_dir(): found[name]['memory'] = memory(run)
+        if (run/'joined').is_dir(): found[name]['memory'] = memory(run)
         if (run/'model').is_dir():
             found[name]['atlas'] = atlas(run)
             found[name]['bytes'] = {p.name: p.stat().st_size for p in sorted((run/'model').iterdir()) if p.is_file()}
