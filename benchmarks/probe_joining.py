@@ -2,8 +2,8 @@
 
     python benchmarks/probe_joining.py --data DIR --texts runs/mini/data/texts.jsonl --out F runs/mini/bag0 runs/mini/bag1 ...
 
-The folders are bags of recipes/mini/run.py that differ in their seed. Scores: nDCG@10 of each query of each dev set, of each bag alone, of the first two,
-three, ... joined, and of all with other settings. The last lines compare with the mean of the single bags, and with all joined as the recipe does it.
+The folders are bags of recipes/mini/run.py that differ in their seed. Scores: nDCG@10 on the full dev sets, of each bag alone, of the first two,
+three, ... joined, and of all with other settings. The last lines compare with all joined as the recipe does it.
 """
 import argparse, json
 from pathlib import Path
@@ -48,6 +48,18 @@ class Judge:
 
 def mean(s): return np.mean([np.mean(v) for v in s.values()])
 
+def summed(found, base='surprise 0.8'):
+    "variant -> the mean of each set over its seeds, and the difference of the mean of all sets to `base`, with its interval over queries."
+    by = {}
+    for f in found: by.setdefault(f['variant'], []).append(f['scores'])
+    many = {v: {k: np.mean([s[k] for s in seeds], 0) for k in seeds[0]} for v,seeds in by.items()}
+    weigh = lambda s: np.concatenate([np.array(v)/len(v) for v in s.values()])*sum(map(len, s.values()))/len(s)    # each set counts the same
+    def difference(s): return [round(x, 4) for x in paired_bootstrap(weigh(s).tolist(), weigh(many[base]).tolist())[:3]]
+    out = [dict(variant=v, seeds=len(by[v]), scores={k: round(float(x.mean()), 4) for k,x in s.items()}, difference=difference(s)) for v,s in many.items()]
+    for r in out:
+        d,low,high = r['difference']; print(f"{r['variant']:14}{r['seeds']:3} {np.mean([*r['scores'].values()]):.4f}  {d:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return out
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('bags', nargs='+', type=Path)
@@ -71,14 +83,6 @@ def main():
     joined = join_bags(bags, batches, width); keep(f'join {n}', joined)
     for s in (.4,.8,1.2): keep(f'surprise {s:g}', strange(joined, s))
     for w in (64,128,256,512): keep(f'first {w}', strange(joined, .8), width=w)
-    write_whole(a.out, json.dumps(dict(settings=dict(size=a.size, length=a.length, bags=n), found=found), separators=(',',':'))+'\n')
-
-    base = next(f['scores'] for f in found if f['variant']==f'surprise {.8:g}')
-    weigh = lambda s: np.concatenate([np.array(v)*len(base)**-1*1000/len(v) for v in s.values()])            # each set counts the same
-    m = sum(map(len, base.values()))/1000
-    print(f"\nthe mean of all sets against {n} joined with surprise 0.8, by seed [95% interval]")
-    for name in dict.fromkeys(f['variant'] for f in found):
-        said = [paired_bootstrap(weigh(f['scores']).tolist(), weigh(base).tolist()) for f in found if f['variant']==name]
-        print(f'{name:14}' + '; '.join(f'{d*m:+.4f} [{lo*m:+.4f}, {hi*m:+.4f}]' for d,lo,hi,_ in said))
+    write_whole(a.out, json.dumps(dict(settings=dict(size=a.size, length=a.length, bags=n), found=summed(found)), separators=(',',':'))+'\n')
 
 if __name__=='__main__': main()

@@ -40,8 +40,7 @@ def folder(tmp_path_factory):
 
 def command(folder, out, *more):
     sets = [x for s in SMALL for x in ('--set', s)]
-    return [sys.executable, str(HOME/'recipes'/'mini'/'run.py'), '--data', str(folder), '--out', str(out), '--steps', '0.02', '--bags', '2', '--transformer',
-            *sets, *more]
+    return [sys.executable, str(HOME/'recipes'/'mini'/'run.py'), '--data', str(folder), '--out', str(out), '--steps', '0.02', '--bags', '2', *sets, *more]
 
 def rows_of(path): return [json.loads(l) for l in path.read_text().splitlines()]
 
@@ -62,19 +61,28 @@ def test_from_rows_to_scores(folder, tmp_path):
     out,env = tmp_path/'run',os.environ|dict(OMP_NUM_THREADS='1')
     with open(tmp_path/'said', 'w') as said:
         run = subprocess.Popen(command(folder[0], out), stdout=said, stderr=said, env=env, start_new_session=True)
-        while run.poll() is None and not (out/'tuned'/'checkpoints').exists(): time.sleep(.1)
+        while run.poll() is None and not (out/'bag1'/'checkpoints').exists(): time.sleep(.1)
         time.sleep(.3); assert run.poll() is None, (tmp_path/'said').read_text()
         os.killpg(run.pid, signal.SIGKILL); run.wait()
-    assert (out/'bag1'/'model.safetensors').exists(), (tmp_path/'said').read_text()
-    before = (out/'bag1'/'model.safetensors').stat().st_mtime_ns
+    assert (out/'bag0'/'model.safetensors').exists(), (tmp_path/'said').read_text()
+    before = (out/'bag0'/'model.safetensors').stat().st_mtime_ns
     again = subprocess.run(command(folder[0], out), capture_output=True, text=True, env=env)
     assert again.returncode==0, again.stdout+again.stderr
-    assert '[bag1] is there' in again.stdout and (out/'bag1'/'model.safetensors').stat().st_mtime_ns==before
+    assert '[bag0] is there' in again.stdout and (out/'bag0'/'model.safetensors').stat().st_mtime_ns==before
     chroma = ChromaMoE.from_pretrained(out/'model')
-    assert chroma.max_length==1024 and [p['phase'] for p in chroma.about['training']]==['bag of token vectors']*2+['joining', 'tuning', 'averaging']
+    assert chroma.max_length==1024 and [p['phase'] for p in chroma.about['training']]==['bag of token vectors']*2+['joining']
     card = (out/'model'/'README.md').read_text(); assert '| shop |' in card and 'ndcg@10' in card and 'BM25' in card
     found = {r['system'] for r in json.loads((out/'scores'/'results.json').read_text())['rows']}
     assert {'model', 'BM25', 'hybrid 0.5'} <= found
+
+@pytest.mark.long
+def test_with_the_transformer(folder, tmp_path):
+    "The transformer goes on from the joined bag, and the model is the mean of the two; bags are trained side by side."
+    out,env = tmp_path/'run',os.environ|dict(OMP_NUM_THREADS='1')
+    subprocess.run(command(folder[0], out, '--transformer', '--at_once', '2', '--until', 'model'), check=True, capture_output=True, env=env)
+    chroma = ChromaMoE.from_pretrained(out/'model')
+    assert [p['phase'] for p in chroma.about['training']]==['bag of token vectors']*2+['joining','tuning','averaging']
+    assert not chroma.model.blocks[0].silent
 
 def test_bad_folder(tmp_path):
     "A folder without the files is refused in a sentence, by the stage that wanted them."
