@@ -94,7 +94,7 @@ def test_shipped(tmp_path):
     where = HOME/'models'/'chroma-mini'; card = (where/'README.md').read_text(encoding='utf-8')
     assert sum(p.stat().st_size for p in where.iterdir()) <= 20e6
     chroma = ChromaMoE.from_pretrained(where); about = chroma.about
-    assert about['license']=='cc-by-4.0' and [r['phase'] for r in about['training']][:2]==['bag of token vectors','tuning']
+    assert about['license']=='cc-by-4.0' and [r['phase'] for r in about['training']]==['bag of token vectors']*4+['joining']
     assert '--strict --licensed' in card and 'CC BY 4.0' in card and not any(p in card for p in ('/work','/tmp','/home','/root'))
     texts = dict(card='I ordered a debit card two weeks ago and it is still not here',
                  claim='A creditor may file a proof of claim; the court may disallow it if it is late.',
