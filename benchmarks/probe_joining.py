@@ -13,28 +13,27 @@ import numpy as np, torch
 from chroma_moe.encoder import ChromaMoE, encode_texts
 from chroma_moe.evaluation import local_tasks
 from chroma_moe.files import write_whole
+from chroma_moe.gradcache import cut
 from chroma_moe.indexing import nearest
 from chroma_moe.joining import as_bag, join_bags
 from chroma_moe.metrics import paired_bootstrap, score_queries
 from chroma_moe.mixing import texts
-from chroma_moe.packing import pack, token_batches
 from chroma_moe.tokenizer import DOCUMENT, QUERY
 from chroma_moe.training import tune_cpu
 
-def packed(lists, budget=1<<17):
+def packed(lists):
     "Batches of similar lengths, and where each text is in them."
-    order = sorted(range(len(lists)), key=lambda i: -len(lists[i]))
-    return [pack([lists[order[j]] for j in g], 1) for g in token_batches([len(lists[i]) for i in order], budget)], torch.tensor(order).argsort()
+    return cut(lists, [1]*len(lists), 1<<17)
 
 class Judge:
     "nDCG@10 of bags on dev sets that are tokenised once."
     def __init__(self, tasks, tokenizer, length):
         self.sets = {}
         for t in tasks:
-            d = t.data; ids,asked = list(d['corpus']),[q for q in d['queries'] if q in d['qrels']]
-            docs = tokenizer.encode([d['corpus'][i] for i in ids], DOCUMENT, length)
+            d = t.data; place,asked = {x: str(i) for i,x in enumerate(d['corpus'])},[q for q in d['queries'] if q in d['qrels']]
+            docs = tokenizer.encode(list(d['corpus'].values()), DOCUMENT, length)
             queries = encode_texts(tokenizer, [d['queries'][q] for q in asked], QUERY, length, '')[0]
-            right = {q: {str(ids.index(x)): g for x,g in d['qrels'][q].items() if x in d['corpus']} for q in asked}
+            right = {q: {place[x]: g for x,g in d['qrels'][q].items() if x in place} for q in asked}
             self.sets[t.name.split('/')[-1]] = packed(docs), packed(queries), asked, right
 
     @torch.no_grad()

@@ -291,7 +291,7 @@ class ModelConfig:
              'networks, set model.ffn=swiglu, or model.moe.experts=0 for a dense model')
         a = self.attention
         need(a.yarn_factor==1 or self.max_length<=a.yarn_factor*a.yarn_original, f'model.max_length is {self.max_length}, beyond '
-             f'{a.yarn_factor:g} x {a.yarn_original} tokens: raise model.attention.yarn_factor or lower model.max_length')
+             f'model.attention.yarn_factor x yarn_original = {a.yarn_factor:g} x {a.yarn_original} tokens: raise one of the two or lower it')
 
     @property
     def moe_layers(self): return [i for i in range(self.layers) if not self.moe.dense_width(i)] # layers that have experts
@@ -667,6 +667,10 @@ def _mapping(loader, node, deep=False):
         seen.add(k.value)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+def _text(loader, node): # JSON, which is YAML otherwise, escapes characters beyond U+FFFF as pairs; half a pair is no text
+    return loader.construct_scalar(node).encode('utf-16', 'surrogatepass').decode('utf-16')
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
 
 @checked
 def read_yaml(

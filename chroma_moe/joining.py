@@ -12,12 +12,12 @@ from torch import Tensor
 from .config import checked, cli, need
 from .mixing import texts
 from .tokenizer import DOCUMENT
-from .packing import pack, token_batches
 from .model import ChromaModel
 from .card import add_phase, command_line
 from .encoder import ChromaMoE
 from .parallel import Ranks
 from .training import run_folder, tune_cpu
+from .gradcache import cut
 from .tune import TokenBag, start_from_bag
 
 # %% ../nbs/20e_joining.ipynb #7951891d
@@ -61,9 +61,9 @@ def join_bags(
     need(all(how(b)==how(first) and len(b.vectors)==len(first.vectors) for b in bags), 'the bags differ in their number of tokens, or in how they '
          'count words: join bags with one tokenizer and one model.pooling')
     tables = [b.vectors/b.vectors.square().mean().sqrt() for b in bags]
-    wide = torch.cat(tables, 1)
-    x = torch.cat([bag_of(wide, *how(first)).embed(b)[0] for b in batches])
-    return bag_of(wide @ main_directions(x, dim, power), *how(first))
+    wide = bag_of(torch.cat(tables, 1), *how(first))
+    x = torch.cat([wide.embed(b)[0] for b in batches])
+    return bag_of(wide.vectors @ main_directions(x, dim, power), *how(first))
 
 # %% ../nbs/20e_joining.ipynb #b116cbff
 @checked
@@ -102,7 +102,7 @@ def chroma_join(
         found = [r['text'] for r in texts(list(source))]
         seen = np.random.default_rng(0).permutation(len(found))[:size]
         lists = first.tokenizer.encode([found[i] for i in seen], DOCUMENT, first.max_length)
-        batches = [pack([lists[i] for i in g], 1) for g in token_batches([len(l) for l in lists], 1<<18)]
+        batches,_ = cut(lists, [1]*len(lists), 1<<18)
         width = dim or first.model.m.dim
         joined = join_bags(bags, batches, width, power)
         if surprise is not None: joined.surprise = surprise

@@ -149,15 +149,15 @@ def leaves(cls, name=''):
         if is_dataclass(kind): yield from leaves(kind, f'{name}{f.name}.')
         else: yield f'{name}{f.name}', kind
 LEAVES = dict(leaves(Config))
-BASIC = st.characters(max_codepoint=0xffff, exclude_categories=['Cs'])     # what JSON escapes beyond that, in pairs, is no YAML
 def value_of(kind):
     if kind is bool: return st.booleans()
     if kind is int: return st.one_of(st.integers(0, 9), st.integers())
     if kind is float: return st.one_of(st.floats(0, 1), st.floats(allow_nan=False))
-    return st.text(BASIC, max_size=9) if kind is str else st.lists(st.text(BASIC, max_size=5) if str in kind.__args__ else st.floats(0, 1), max_size=3)
+    return st.text(max_size=9) if kind is str else st.lists(st.text(max_size=5) if str in kind.__args__ else st.floats(0, 1), max_size=3)
 changes = st.lists(st.sampled_from(sorted(LEAVES)), max_size=4,
     unique=True).flatmap(lambda names: st.fixed_dictionaries({n: value_of(LEAVES[n]) for n in names}))
 
+@example(changes={'tokenizer.max_samples': '\U00010000'}, profile='tiny')     # JSON writes it as a pair of escapes
 @given(changes=changes, profile=st.sampled_from(['tiny','debug','t4']))
 def test_settings_come_back(h, changes, profile):
     "A configuration that is accepted is the same after it was written and read, and given by --set."

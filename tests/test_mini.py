@@ -80,7 +80,7 @@ def test_with_the_transformer(folder, tmp_path):
     "The transformer goes on from the joined bag, and the model is the mean of the two; bags are trained side by side."
     out,env = tmp_path/'run',os.environ|dict(OMP_NUM_THREADS='1')
     subprocess.run(command(folder[0], out, '--transformer', '--at_once', '2', '--until', 'model'), check=True, capture_output=True, env=env)
-    chroma = ChromaMoE.from_pretrained(out/'model')
+    chroma = ChromaMoE.from_pretrained(out/'model_transformer')
     assert [p['phase'] for p in chroma.about['training']]==['bag of token vectors']*2+['joining','tuning','averaging']
     assert not chroma.model.blocks[0].silent
 

@@ -53,6 +53,7 @@ def main():
     if a.bags<2 or a.at_once<1: parser.error(f'--bags is {a.bags} and --at_once {a.at_once}: give two bags at least, and one at once')
     out.mkdir(parents=True, exist_ok=True)
     data,log = out/'data',out
+    final,scores = (out/(k+'_transformer'*a.transformer) for k in ('model', 'scores'))      # beside those of the bag, in one folder
     def module(name, *more, sets=(), config=a.config):      # a command of the package with the recipe's settings
         every = [f'tokenizer.path={out}/tokenizer', f'data.texts={data}/texts.jsonl', f'data.valid_pairs={data}/valid.jsonl', *sets, *a.set]
         return ['-m', f'chroma_moe.{name}', '--config', config, *(x for s in every for x in ('--set', s)), *map(str, more)]
@@ -81,13 +82,13 @@ def main():
         tuned=lambda: tuned('tune', out/'tuned', [mined, own], out/'joined'),
         averaged=lambda: stage('averaged', out/'averaged'/'model.safetensors', ['-m', 'chroma_moe.averaging', '--model', out/'joined', '--model', out/'tuned',
                                                                                 '--out', out/'averaged'], log),
-        model=lambda: (out/'model').exists() or ship(out/('averaged' if a.transformer else 'joined'), out/'model', a.weights, a.length),
-        evaluate=lambda: stage('evaluate', out/'scores'/'results.json', ['-m', 'chroma_moe.evaluate', '--model', out/'model', '--benchmark', f'local:{a.data}',
-                               '--baselines', 'bm25,bag,hybrid:0.3,hybrid:0.5,hybrid:0.7', '--out', out/'scores'], log))
+        model=lambda: final.exists() or ship(out/('averaged' if a.transformer else 'joined'), final, a.weights, a.length),
+        evaluate=lambda: stage('evaluate', scores/'results.json', ['-m', 'chroma_moe.evaluate', '--model', final, '--benchmark', f'local:{a.data}',
+                               '--baselines', 'bm25,bag,hybrid:0.3,hybrid:0.5,hybrid:0.7', '--out', scores], log))
     for name in STAGES[:STAGES.index(a.until)+1]:
         if a.transformer or name not in TRANSFORMER: work[name]()
-    if (out/'scores'/'results.json').exists():
-        rows = json.loads((out/'scores'/'results.json').read_text(encoding='utf-8'))['rows']
-        print(f'{len(rows)} figures in {out/"scores"}; the model is {out/"model"}')
+    if (scores/'results.json').exists():
+        rows = json.loads((scores/'results.json').read_text(encoding='utf-8'))['rows']
+        print(f'{len(rows)} figures in {scores}; the model is {final}')
 
 if __name__=='__main__': main()
