@@ -282,7 +282,7 @@ class ModelConfig:
     pooling:PoolingConfig = field(default_factory=PoolingConfig)
 
     def __post_init__(self):
-        check_fields(self, 'model.', vocab_size=1, dim=1, layers=1, max_length=(1,1<<22), norm=('rms','layer'), ffn=('swiglu','gelu'),
+        check_fields(self, 'model.', vocab_size=1, dim=1, layers=(1,1<<12), max_length=(1,1<<22), norm=('rms','layer'), ffn=('swiglu','gelu'),
                      positions=('rope','learned'), norm_eps=ABOVE_0)
         need(self.dropout<1, f'model.dropout is {self.dropout}: give a share in [0, 1)')
         need(not self.pooling.latent or self.dim%self.pooling.heads==0, f'model.dim is {self.dim} and model.pooling.heads is '

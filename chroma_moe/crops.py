@@ -65,29 +65,31 @@ def keywords(
 KINDS = ('crop', 'keywords')
 
 # %% ../nbs/19b_crops.ipynb #0aef4c42
-@checked(kinds=KINDS)
+@checked(kinds=KINDS, times=1)
 def own_pairs(
     rows:Iterable[dict], # with `text`, `source` and `domain`
     rare:dict,           # of `rarities`
     kinds:tuple=KINDS,
     seed:int=0,
+    times:int=1,         # pairs of each kind from a text
 ) -> Iterator[dict]: # rows for phase 2
     "Pairs from texts."
     for i,r in enumerate(rows):
-        for k in kinds:
-            rng = np.random.default_rng((seed, i, KINDS.index(k)))
+        for k,turn in itertools.product(kinds, range(times)):
+            rng = np.random.default_rng((seed, i, KINDS.index(k), turn))
             made = crop(r['text'], rng) if k=='crop' else keywords(r['text'], rng, rare)
             if made: yield dict(query=made[0], positive=made[1], source=f"{r['source']}/{k}", domain=r['domain'])
 
 # %% ../nbs/19b_crops.ipynb #9cd0f799
 @cli
-@checked(kind=KINDS)
+@checked(kind=KINDS, times=1)
 def chroma_crop(
     config:str|None=None,   # a YAML file
     set:list[str]=(),       # section.key=value
     source:list[str]=(),    # NAME or PATH of texts; by default data.texts
     out:str='runs/own_pairs.jsonl', # file of the rows
     kind:list[str]=(),      # crop or keywords; by default both
+    times:int=1,            # pairs of each kind from a text
 ):
     "Make training pairs of plain texts: pieces that ask for the rest, and keywords that ask for the whole."
     d = load_config(config, None, set).data
@@ -95,7 +97,7 @@ def chroma_crop(
     def stream(): return texts(list(source) or list(d.texts), d.size, d.seed, strategy='proportional', max_bad=d.max_bad)
     rare,count = rarities(r['text'] for r in stream()),Counter()
     def write(f):
-        for r in own_pairs(stream(), rare, tuple(kind) or KINDS, d.seed):
+        for r in own_pairs(stream(), rare, tuple(kind) or KINDS, d.seed, times):
             f.write((json.dumps(r, ensure_ascii=False)+'\n').encode('utf-8', 'replace')); count[r['source']] += 1
     write_whole(out, write)
     for s,n in count.items(): print(f'{s}: {n:,} pairs')

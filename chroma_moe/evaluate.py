@@ -93,7 +93,7 @@ def _system(name, more, model):
     if name=='hybrid':
         h = Hybrid(BM25(), model, **(dict(weight=float(more)) if more else {}))
         h.name = f'hybrid {h.weight:g}'
-        return h, ['hybrid', h.weight, model.encoder.fingerprint]
+        return h, ['hybrid of cosines', h.weight, model.encoder.fingerprint]
     dense = library_model(more)
     h = hashlib.sha256()
     for k,w in sorted(dense.encoder.state_dict().items()): h.update(k.encode()+w.detach().float().numpy().tobytes())

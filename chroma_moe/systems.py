@@ -31,7 +31,7 @@ def _run(queries, ids, where, scores, with_scores):
     return {q: dict(r) if with_scores else [d for d,_ in r] for q,r in zip(queries, rows)}
 
 class BM25:
-    "The classical ranking by shared words, of Lucene's kind."
+    "The classical ranking by shared words, of Lucene's kind; scores are over the length of the query."
     name = 'BM25'
     @checked
     def __init__(self, stem:bool=True): # cut words to their stems?
@@ -49,8 +49,11 @@ class BM25:
         if not words or not any(docs): return {q: {} if scores else [] for q in queries}
         index,number = bm25s.BM25(k1=1.2, b=0.75, method='lucene'),{w: i for i,w in enumerate(words)}
         index.index((docs, number), show_progress=False)
+        held = np.bincount(np.concatenate([np.unique(t) for t in docs if len(t)]), minlength=len(words))
+        worth = lambda n: np.log(1+(len(ids)-n+.5)/(n+.5))
+        long = [max(1e-9, np.linalg.norm([worth(held[number[spoken[i]]] if spoken[i] in number else 0) for i in row])) for row in asked]
         known = [[number[spoken[i]] for i in row if spoken[i] in number] for row in asked]
-        table = (index.get_scores_from_ids(row) if row else np.zeros(len(ids), np.float32) for row in known)
+        table = (index.get_scores_from_ids(row)/n if row else np.zeros(len(ids), np.float32) for row,n in zip(known, long))
         best = [(i := np.argsort(-s, kind='stable')[:k], np.where(s[i]>0, s[i], -np.inf)) for s in table]
         return _run(queries, ids, [i for i,_ in best], [s for _,s in best], scores)
 
@@ -183,36 +186,32 @@ def library_model(
     return Dense(model, Path(name).name)
 
 # %% ../nbs/20c_systems.ipynb #e651c29e
-def _between(scores):
-    "Scores of one query from 0 to 1."
-    if not scores: return {}
-    low,high = min(scores.values()),max(scores.values())
-    return {d: (s-low)/(high-low) if high>low else 1. for d,s in scores.items()}
-
 class Hybrid:
-    "A mixture of words and vectors."
+    "A mixture of words and vectors, whose scores are both on the scale of a cosine."
     name = 'hybrid'
     @checked(depth=1, weight=(0,1), how=('scores','places'))
     def __init__(self,
         words,              # a system
         dense,              # another
-        weight:float=0.3,   # of the second; 0 is the first alone
+        weight:float=0.5,   # of the second; 0 is the first alone
         how:str='scores',   # mix 'scores' or 'places'
         bag=None,           # system whose vectors stand beside those of `dense`; None is a `Bag`
         depth:int=100,      # documents of each that are mixed, at least
     ):
         self.words,self.dense,self.weight,self.how,self.bag,self.depth = words,dense,weight,how,bag or Bag(),depth
 
-    def _mix(self, words, dense):
-        if self.how=='scores': words,dense,share = _between(words),_between(dense),(1-self.weight,self.weight)
-        else: words,dense,share = *({d: 1/(60+i) for i,d in enumerate(r, 1)} for r in (words, dense)),(1,1)
-        return {d: share[0]*words.get(d, 0.) + share[1]*dense.get(d, 0.) for d in [*dense, *(d for d in words if d not in dense)]}
+    def _mix(self, n, *runs): # runs of n documents, or of all that were found
+        share,last = (1-self.weight,self.weight),[min(r.values())-1e-9 if len(r)==n else 0. for r in runs]  # of what is not in a list, as far as is known
+        if self.how=='places': runs,share,last = [{d: 1/(60+i) for i,d in enumerate(r, 1)} for r in runs],(1,1),(0.,0.)
+        found = dict.fromkeys(d for r in runs[::-1] for d in r)
+        return {d: sum(s*r.get(d, low) for s,r,low in zip(share, runs, last)) for d in found}
 
     @checked(k=1)
     def rank(self, corpus:dict, queries:dict, k:int=100, scores:bool=False) -> dict:
         "Rank by the mixture of both rankings."
-        a,b = (s.rank(corpus, queries, max(k, self.depth), scores=True) for s in (self.words, self.dense))
-        out = {q: dict(sorted(self._mix(a[q], b[q]).items(), key=lambda x: -x[1])[:k]) for q in queries}
+        n = max(k, self.depth)
+        a,b = (s.rank(corpus, queries, n, scores=True) for s in (self.words, self.dense))
+        out = {q: dict(sorted(self._mix(n, a[q], b[q]).items(), key=lambda x: -x[1])[:k]) for q in queries}
         return out if scores else {q: list(r) for q,r in out.items()}
 
     def fit(self, texts):

@@ -66,7 +66,7 @@ def value(results, task, system, metric): return next(r for r in results['rows']
 
 def test_every_kind(done):
     _,r,_ = done
-    assert list(dict.fromkeys(x['task'] for x in r['rows']))==ASKED and r['systems']==['model','BM25','bag of words','hybrid 0.3']
+    assert list(dict.fromkeys(x['task'] for x in r['rows']))==ASKED and r['systems']==['model','BM25','bag of words','hybrid 0.5']
     for x in r['rows']: assert x['value'] is None or (-1<=x['value']<=1 and (x['low'] is None or x['low']<=x['value']+1e-9 and x['value']<=x['high']+1e-9)), x
     without = {(x['task'],x['system']) for x in r['rows'] if x['value'] is None}
     assert without=={(t,'BM25') for t in ASKED[2:]}
