@@ -35,12 +35,18 @@ def made(c, p, tokenizer, kind=TokenBag, power=.5, words=True):
     m = c.model
     return kind(m.vocab_size, m.dim, c.tune.seed, worth(p, c, power), m.pooling.early, m.pooling.surprise, spelled(c, tokenizer) if words else None)
 
+def some(p, share):
+    "A share of the rows, whatever their source."
+    at = np.sort(np.random.default_rng(0).permutation(len(p.queries))[:round(len(p.queries)*share)])
+    return p._replace(**{k: [getattr(p, k)[i] for i in at] for k in ('queries','prompt','docs','labels','query_key','source')})
+
 VARIANTS = dict(                                           # how the bag is made, settings
     base=({}, []), letters=(dict(words=False), []), once=(dict(kind=SpelledOnce), []), late=({}, ['model.pooling.early=0']),
     early3=({}, ['model.pooling.early=0.3']), early9=({}, ['model.pooling.early=0.9']), neither=(dict(words=False), ['model.pooling.early=0']),
     flat=(dict(power=0.), []), idf=(dict(power=1.), []), narrow=({}, ['model.dim=384', 'model.pooling.out_dim=384']),
     negatives=({}, ['tune.negatives=0']), small=({}, ['tune.batch_pairs=256']), pairs=({}, ['tune.often=["*/crop=0.001","*/keywords=0.001"]']),
-    texts=({}, ['tune.often=["*/crop=0.4","*/keywords=0.3"]']), cold=({}, ['tune.temperature=0.02']), warm=({}, ['tune.temperature=0.08']))
+    texts=({}, ['tune.often=["*/crop=0.4","*/keywords=0.3"]']), cold=({}, ['tune.temperature=0.02']), warm=({}, ['tune.temperature=0.08']),
+    half=(dict(share=1/2), []), quarter=(dict(share=1/4), []), eighth=(dict(share=1/8), []), narrower=({}, ['model.dim=192', 'model.pooling.out_dim=192']))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -59,10 +65,10 @@ def main():
     for seed in map(int, a.seeds.split(',')):
         for name in a.variants.split(','):
             if any((f['variant'],f['seed'])==(name,seed) for f in kept['found']): continue
-            how,sets = VARIANTS[name]
+            how,sets = dict(VARIANTS[name][0]),VARIANTS[name][1]; share = how.pop('share', 1)
             c = load_config(recipe, sets=[*base, f'tune.seed={seed}', *sets]); tokenizer = load_tokenizer(c)
             if c.tune.negatives not in ready: ready = {c.tune.negatives: load_pairs(c, tokenizer)[0]}
-            p = ready[c.tune.negatives]; bag = made(c, p, tokenizer, **how); began = time.process_time()
+            p = some(ready[c.tune.negatives], share); bag = made(c, p, tokenizer, **how); began = time.process_time()
             tune(c, bag, p, progress=False)
             spent = time.process_time()-began
             kept['found'].append(dict(variant=name, seed=seed, seconds=round(spent), scores=scores(ChromaMoE(bag, tokenizer, 1024), tasks)))
