@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
-import bm25s
 import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from .mixing import texts
 from .leaks import normal
 from .tokenizer import ChromaTokenizer
 from .sink import say
+from .mining import bm25s
 
 # %% ../nbs/19a_synthesis.ipynb #5705f83f
 @dataclass(frozen=True)

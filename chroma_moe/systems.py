@@ -8,10 +8,11 @@ __all__ = ['split_words', 'BM25', 'bm25_run', 'Bag', 'Dense', 'dense_run', 'libr
 # %% ../nbs/20c_systems.ipynb #459c22ca
 import hashlib, zlib
 from pathlib import Path
-import bm25s, numpy as np, snowballstemmer
+import numpy as np, snowballstemmer
 from .config import ChromaError, need, checked
 from .files import parse_json
 from .indexing import nearest
+from .mining import bm25s
 
 # %% ../nbs/20c_systems.ipynb #19742f62
 @checked

@@ -178,3 +178,10 @@ def test_trial_and_card(home, capsys):
     scores = json.loads((home/'model/about.json').read_text())['scores']
     assert [s['system'] for s in scores] and all(s['leaks'].startswith('1 of 12 queries') for s in scores) and '1 of 12' in (home/'model/README.md').read_text()
     print(f'a trial of 5 queries; {len(scores)} scores on the card')
+
+def test_jax_is_left_alone(tmp_path):
+    "A library that would start JAX, which takes three quarters of a GPU's memory, does without it."
+    (tmp_path/'jax').mkdir(); (tmp_path/'jax'/'__init__.py').write_text('raise SystemExit("JAX was imported")')
+    code = 'import sys, chroma_moe.evaluate, chroma_moe.mining, chroma_moe.synthesis; print("jax" in sys.modules)'
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|dict(PYTHONPATH=str(tmp_path)))
+    assert (run.returncode, run.stdout)==(0, 'False\n'), run.stderr
