@@ -17,6 +17,7 @@ class Case(NamedTuple):
 def train(command, more='', **kw): return Case(command, f'{more} --profile tiny --config c.yaml --no_progress --out {{w}}/run', **kw)
 STORE = 'build --source texts.jsonl --tokenizer tokenizer --chunk_chars 3000 --no_progress --out {w}/store'
 MINE = '--source pairs.jsonl --block 16 --no_progress --out {w}/mined.jsonl'
+BAG = '--set model.pooling.log_counts=true'
 ENCODE = '--model base --input texts.jsonl --part 8 --passage_tokens 24 --overlap 6 --no_progress --output {w}/index'
 CASES = {
     'tokenizer': Case('chroma_tokenizer', '--config c.yaml --source texts.jsonl --no_progress --out {w}/tokenizer'),
@@ -29,13 +30,14 @@ CASES = {
     'mine, overwrite': Case('chroma_mine', f'{MINE} --overwrite', before='mined.jsonl:mined.jsonl', weight=.5),
     'synthesise': Case('chroma_synthesise', '--source texts.jsonl --model any --url {url} --concurrency 2 --retries 1 --wait 0.01 --timeout 5 --no_progress '
                        '--out {w}/queries.jsonl'),
-    'bag': train('chroma_bag', '--set model.pooling.log_counts=true'),
+    'bag': train('chroma_bag', BAG),
     'pretrain': train('chroma_pretrain', weight=2),
     'pretrain, async': train('chroma_pretrain', '--set train.async_save=true', weight=.5),
     'pretrain, two ranks': train('chroma_pretrain', ranks=2, weight=.5),
     'tune': train('chroma_tune', '--pretrained base', weight=2),
     'tune, two ranks': train('chroma_tune', '--pretrained base', ranks=2, weight=.5),
     'average': Case('chroma_average', '--run base --last 2 --out {w}/averaged'),
+    'join': Case('chroma_join', '--model bag0 --model bag1 --source texts.jsonl --out {w}/joined'),
     'encode': Case('chroma_encode', ENCODE),
     'encode, two ranks': Case('chroma_encode', ENCODE, ranks=2, weight=.5),
     'plot': Case('chroma_plot', 'base --out {w}/curves.png', weight=.25),
@@ -64,4 +66,5 @@ def write_inputs(home):
 # What the inputs need of the commands themselves, in this order: command and words
 MADE = [('chroma_tokenizer', '--config c.yaml --source texts.jsonl --no_progress --out tokenizer'),
         ('chroma_data', 'build --source older.jsonl --tokenizer tokenizer --chunk_chars 3000 --no_progress --workers 1 --out store'),
-        ('chroma_pretrain', '--profile tiny --config c.yaml --no_progress --out base')]
+        ('chroma_pretrain', '--profile tiny --config c.yaml --no_progress --out base'),
+        *(('chroma_bag', f'{BAG} --profile tiny --config c.yaml --set tune.seed={i} --no_progress --out bag{i}') for i in range(2))]
