@@ -14,16 +14,15 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from .config import ChromaError, checked
+from .model import DTYPES, tensor_bytes
 
 # %% ../nbs/14d_checkpoints.ipynb #3f2fbad6
 _FORMAT = 1   # of the folder; another number is refused
-_DTYPES = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32',
-          torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL', torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2'}
 _PLAIN = (str,int,float,bool,type(None))
 
 def _put(t, tensors, seen, name):
     "Put a tensor aside; return the name it is found by, the same for tensors that are one."
-    if t.dtype not in _DTYPES: raise ChromaError(f"the state holds a tensor of {t.dtype} at '{name}': store it as one of {', '.join(_DTYPES.values())}")
+    if t.dtype not in DTYPES: raise ChromaError(f"the state holds a tensor of {t.dtype} at '{name}': store it as one of {', '.join(DTYPES.values())}")
     place = (t.device, t.data_ptr() if t.numel() else name, t.dtype, t.shape, t.stride())
     if place in seen: return seen[place]
     while name in tensors or name=='__metadata__': name += '_'              # {'a.b': x, 'a': {'b': y}} has one name twice
@@ -53,17 +52,6 @@ def _join(x, tensors):
     return {k: _join(v, tensors) for k,v in x.get('$items', x.items())}
 
 # %% ../nbs/14d_checkpoints.ipynb #b56063b5
-def _safetensors(tensors):
-    "The bytes of a safetensors file, one tensor at a time."
-    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))    # wide numbers first, so that each lies aligned
-    header,end = {},0
-    for n in names:
-        t = tensors[n]; start,end = end,end+t.nbytes
-        header[n] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[start,end])
-    text = json.dumps(header).encode(); text += b' '*(-len(text)%8)
-    yield len(text).to_bytes(8, 'little') + text
-    for n in names: yield tensors[n].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
 def _write(path, pieces):
     "Write a file to the disk; return its size and SHA-256, counted on the way."
     digest,size = hashlib.sha256(),0
@@ -244,7 +232,7 @@ def _commit(self:Checkpoints, head, tree, files):
         for p in (part,old): shutil.rmtree(p, ignore_errors=True)
         part.mkdir(parents=True)
         order = 1 + max((_head(p).get('order', 0) for p in self.paths()), default=0)
-        made = {f'{k}.safetensors': _write(part/f'{k}.safetensors', _safetensors(ts)) for k,ts in files.items() if ts}
+        made = {f'{k}.safetensors': _write(part/f'{k}.safetensors', tensor_bytes(ts)) for k,ts in files.items() if ts}
         made['state.json'] = _write(part/'state.json', [json.dumps(tree).encode()])
         _write(part/'manifest.json', [_sealed(head|dict(order=order, files=made))])
         _sync(part)
