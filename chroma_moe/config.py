@@ -668,8 +668,8 @@ def _mapping(loader, node, deep=False):
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
-def _text(loader, node): # JSON, which is YAML otherwise, escapes characters beyond U+FFFF as pairs; half a pair is no text
-    return loader.construct_scalar(node).encode('utf-16', 'surrogatepass').decode('utf-16')
+def _text(loader, node): # JSON, which is YAML otherwise, escapes characters beyond U+FFFF as pairs; half a pair stays what it is
+    return loader.construct_scalar(node).encode('utf-16', 'surrogatepass').decode('utf-16', 'surrogatepass')
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
 
 @checked
