@@ -50,10 +50,10 @@ class BM25:
         if not words or not any(docs): return {q: {} if scores else [] for q in queries}
         index,number = bm25s.BM25(k1=1.2, b=0.75, method='lucene'),{w: i for i,w in enumerate(words)}
         index.index((docs, number), show_progress=False)
-        held = np.bincount(np.concatenate([np.unique(t) for t in docs if len(t)]), minlength=len(words))
-        worth = lambda n: np.log(1+(len(ids)-n+.5)/(n+.5))
-        long = [max(1e-9, np.linalg.norm([worth(held[number[spoken[i]]] if spoken[i] in number else 0) for i in row])) for row in asked]
-        known = [[number[spoken[i]] for i in row if spoken[i] in number] for row in asked]
+        held = np.bincount(np.concatenate([np.unique(t) for t in docs if len(t)]), minlength=len(words)+1)   # the last one is held by none
+        worth,asked = np.log(1+(len(ids)-held+.5)/(held+.5)),[[number.get(spoken[i], len(words)) for i in row] for row in asked]
+        long = [max(1e-9, np.linalg.norm(worth[row])) for row in asked]
+        known = [[i for i in row if i<len(words)] for row in asked]
         table = (index.get_scores_from_ids(row)/n if row else np.zeros(len(ids), np.float32) for row,n in zip(known, long))
         best = [(i := np.argsort(-s, kind='stable')[:k], np.where(s[i]>0, s[i], -np.inf)) for s in table]
         return _run(queries, ids, [i for i,_ in best], [s for _,s in best], scores)
