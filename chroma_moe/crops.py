@@ -6,13 +6,15 @@
 __all__ = ['WORD', 'KINDS', 'split', 'rarities', 'crop', 'keywords', 'own_pairs', 'chroma_crop']
 
 # %% ../nbs/19b_crops.ipynb #f1e86a4b
-import itertools, json, re
+import itertools, json, os, re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 import numpy as np
 from .config import checked, cli, load_config, need
 from .files import write_whole
 from .mixing import texts
+from .store import parallel_map
 
 # %% ../nbs/19b_crops.ipynb #9a6c764d
 WORD = re.compile(r'\w+(?:[.,&/-]\w+)*')
@@ -65,24 +67,40 @@ def keywords(
 KINDS = ('crop', 'keywords')
 
 # %% ../nbs/19b_crops.ipynb #0aef4c42
-@checked(kinds=KINDS, times=1)
+def _some_pairs(job, rare, kinds, seed, times):
+    "Rows of the texts `at`, `at+1`, ..."
+    at,rows = job; made = []
+    for i,r in enumerate(rows, at):
+        for k,turn in itertools.product(kinds, range(times)):
+            rng = np.random.default_rng((seed, i, KINDS.index(k), turn))
+            pair = crop(r['text'], rng) if k=='crop' else keywords(r['text'], rng, rare)
+            if pair: made.append(dict(query=pair[0], positive=pair[1], source=f"{r['source']}/{k}", domain=r['domain']))
+    return made
+
+def _in_jobs(rows, size=500):
+    "Some texts at a time, with the place of the first."
+    at,job = 0,[]
+    for r in rows:
+        job.append(r)
+        if len(job)==size: yield at,job; at,job = at+size,[]
+    if job: yield at,job
+
+@checked(kinds=KINDS, times=1, workers=0)
 def own_pairs(
     rows:Iterable[dict], # with `text`, `source` and `domain`
     rare:dict,           # of `rarities`
     kinds:tuple=KINDS,
     seed:int=0,
     times:int=1,         # pairs of each kind from a text
+    workers:int=1,       # processes; 0 is one a core
 ) -> Iterator[dict]: # rows for phase 2
     "Pairs from texts."
-    for i,r in enumerate(rows):
-        for k,turn in itertools.product(kinds, range(times)):
-            rng = np.random.default_rng((seed, i, KINDS.index(k), turn))
-            made = crop(r['text'], rng) if k=='crop' else keywords(r['text'], rng, rare)
-            if made: yield dict(query=made[0], positive=made[1], source=f"{r['source']}/{k}", domain=r['domain'])
+    make = partial(_some_pairs, rare=rare, kinds=kinds, seed=seed, times=times)
+    for made in parallel_map(make, _in_jobs(rows), workers or os.cpu_count()): yield from made
 
 # %% ../nbs/19b_crops.ipynb #9cd0f799
 @cli
-@checked(kind=KINDS, times=1)
+@checked(kind=KINDS, times=1, workers=0)
 def chroma_crop(
     config:str|None=None,   # a YAML file
     set:list[str]=(),       # section.key=value
@@ -90,6 +108,7 @@ def chroma_crop(
     out:str='runs/own_pairs.jsonl', # file of the rows
     kind:list[str]=(),      # crop or keywords; by default both
     times:int=1,            # pairs of each kind from a text
+    workers:int=0,          # processes; 0 is one a core
 ):
     "Make training pairs of plain texts: pieces that ask for the rest, and keywords that ask for the whole."
     d = load_config(config, None, set).data
@@ -97,7 +116,7 @@ def chroma_crop(
     def stream(): return texts(list(source) or list(d.texts), d.size, d.seed, strategy='proportional', max_bad=d.max_bad)
     rare,count = rarities(r['text'] for r in stream()),Counter()
     def write(f):
-        for r in own_pairs(stream(), rare, tuple(kind) or KINDS, d.seed, times):
+        for r in own_pairs(stream(), rare, tuple(kind) or KINDS, d.seed, times, workers):
             f.write((json.dumps(r, ensure_ascii=False)+'\n').encode('utf-8', 'replace')); count[r['source']] += 1
     write_whole(out, write)
     for s,n in count.items(): print(f'{s}: {n:,} pairs')
