@@ -16,6 +16,7 @@ from chroma_moe.config import load_config
 from chroma_moe.encoder import ChromaMoE
 from chroma_moe.evaluation import local_tasks
 from chroma_moe.metrics import paired_bootstrap
+from chroma_moe.parallel import start
 from chroma_moe.pretrain import load_tokenizer
 from chroma_moe.training import tune_cpu
 from chroma_moe.tune import TokenBag, load_pairs, tune
@@ -61,15 +62,15 @@ def main():
     recipe = Path(__file__).parents[1]/'recipes'/'mini'/'bag.yaml'
     base = [f'tokenizer.path={a.run}/tokenizer', f'data.pairs=[{a.run}/data/pairs.jsonl,{a.run}/own.jsonl]', f'data.valid_pairs={a.run}/data/valid.jsonl',
             f'tune.steps={a.steps}', 'train.save_every=-1', 'train.log_every=50', f'train.eval_every={a.steps}']
-    ready = {}
+    ready,ranks = {},start('fp32')
     for seed in map(int, a.seeds.split(',')):
         for name in a.variants.split(','):
             if any((f['variant'],f['seed'])==(name,seed) for f in kept['found']): continue
             how,sets = dict(VARIANTS[name][0]),VARIANTS[name][1]; share = how.pop('share', 1)
             c = load_config(recipe, sets=[*base, f'tune.seed={seed}', *sets]); tokenizer = load_tokenizer(c)
             if c.tune.negatives not in ready: ready = {c.tune.negatives: load_pairs(c, tokenizer)[0]}
-            p = some(ready[c.tune.negatives], share); bag = made(c, p, tokenizer, **how); began = time.process_time()
-            tune(c, bag, p, progress=False)
+            p = some(ready[c.tune.negatives], share); bag = made(c, p, tokenizer, **how).to(ranks.device); began = time.process_time()
+            tune(c, bag, p, progress=False, ranks=ranks)
             spent = time.process_time()-began
             kept['found'].append(dict(variant=name, seed=seed, seconds=round(spent), scores=scores(ChromaMoE(bag, tokenizer, 1024), tasks)))
             a.out.write_text(json.dumps(kept)+'\n')
