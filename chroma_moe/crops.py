@@ -6,7 +6,7 @@
 __all__ = ['WORD', 'KINDS', 'split', 'rarities', 'crop', 'keywords', 'own_pairs', 'chroma_crop']
 
 # %% ../nbs/19b_crops.ipynb #f1e86a4b
-import itertools, json, os, re
+import itertools, json, math, os, re, sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -71,7 +71,7 @@ def _some_pairs(job, rare, kinds, seed, times):
     "Rows of the texts `at`, `at+1`, ..."
     at,rows = job; made = []
     for i,r in enumerate(rows, at):
-        for k,turn in itertools.product(kinds, range(times)):
+        for k,turn in itertools.product(kinds, range(times if isinstance(times, int) else times[r['source']])):
             rng = np.random.default_rng((seed, i, KINDS.index(k), turn))
             pair = crop(r['text'], rng) if k=='crop' else keywords(r['text'], rng, rare)
             if pair: made.append(dict(query=pair[0], positive=pair[1], source=f"{r['source']}/{k}", domain=r['domain']))
@@ -85,22 +85,23 @@ def _in_jobs(rows, size=500):
         if len(job)==size: yield at,job; at,job = at+size,[]
     if job: yield at,job
 
-@checked(kinds=KINDS, times=1, workers=0)
+@checked(kinds=KINDS, workers=0)
 def own_pairs(
     rows:Iterable[dict], # with `text`, `source` and `domain`
     rare:dict,           # of `rarities`
     kinds:tuple=KINDS,
     seed:int=0,
-    times:int=1,         # pairs of each kind from a text
+    times:int|dict=1,    # pairs of each kind from a text, or source -> so many
     workers:int=1,       # processes; 0 is one a core
 ) -> Iterator[dict]: # rows for phase 2
     "Pairs from texts."
+    need(all(n>0 for n in (times.values() if isinstance(times, dict) else [times])), f'times is {times}: give 1 or more')
     make = partial(_some_pairs, rare=rare, kinds=kinds, seed=seed, times=times)
     for made in parallel_map(make, _in_jobs(rows), workers or os.cpu_count()): yield from made
 
 # %% ../nbs/19b_crops.ipynb #9cd0f799
 @cli
-@checked(kind=KINDS, times=1, workers=0)
+@checked(kind=KINDS, times=1, least=0, workers=0)
 def chroma_crop(
     config:str|None=None,   # a YAML file
     set:list[str]=(),       # section.key=value
@@ -108,15 +109,20 @@ def chroma_crop(
     out:str='runs/own_pairs.jsonl', # file of the rows
     kind:list[str]=(),      # crop or keywords; by default both
     times:int=1,            # pairs of each kind from a text
+    least:int=0,            # pairs of each kind from a source, about: one with few texts takes more turns
     workers:int=0,          # processes; 0 is one a core
 ):
     "Make training pairs of plain texts: pieces that ask for the rest, and keywords that ask for the whole."
     d = load_config(config, None, set).data
     need(str(out).endswith('.jsonl'), f"the output is '{out}': give a name that ends in .jsonl")
     def stream(): return texts(list(source) or list(d.texts), d.size, d.seed, strategy='proportional', max_bad=d.max_bad)
-    rare,count = rarities(r['text'] for r in stream()),Counter()
+    seen,count = Counter(),Counter()
+    def counted():
+        for r in stream(): seen[r['source']] += 1; yield r['text']
+    rare = rarities(counted(), sys.maxsize if least else 200_000)        # all texts, where they are to be counted
+    turns = {s: max(times, math.ceil(least/n)) for s,n in seen.items()} if least else times
     def write(f):
-        for r in own_pairs(stream(), rare, tuple(kind) or KINDS, d.seed, times, workers):
+        for r in own_pairs(stream(), rare, tuple(kind) or KINDS, d.seed, turns, workers):
             f.write((json.dumps(r, ensure_ascii=False)+'\n').encode('utf-8', 'replace')); count[r['source']] += 1
     write_whole(out, write)
     for s,n in count.items(): print(f'{s}: {n:,} pairs')

@@ -47,6 +47,7 @@ def main():
     parser.add_argument('--at_once', type=int, default=1, help='bags that are trained side by side')
     parser.add_argument('--steps', type=float, default=1., help='share of the steps of each stage')
     parser.add_argument('--crops', type=int, default=1, help='pairs of each kind that a text gives; more for more steps, so that none comes again')
+    parser.add_argument('--least', type=int, default=0, help='pairs of each kind that a source gives: the texts of small sources give more than --crops')
     parser.add_argument('--until', choices=STAGES, default=STAGES[-1], help='the last stage')
     parser.add_argument('--weights', default='int8', help='of the final folder: float32, bfloat16 or int8')
     parser.add_argument('--length', type=int, default=1024, help='tokens of a text that the final model reads')
@@ -74,7 +75,7 @@ def main():
         data=lambda: stage('data', data/'pairs.jsonl', [HERE/'prepare.py', '--data', a.data, '--out', data, *flags], log),
         tokenizer=lambda: stage('tokenizer', out/'tokenizer', module('tokenizer', '--source', data/'texts.jsonl', '--out', out/'tokenizer',
                                                                      '--no_progress'), log),
-        own=lambda: stage('own', own, module('crops', '--source', data/'texts.jsonl', '--times', a.crops, '--out', own), log),
+        own=lambda: stage('own', own, module('crops', '--source', data/'texts.jsonl', '--times', a.crops, '--least', a.least, '--out', own), log),
         bags=lambda: side_by_side(bag, a.bags),
         joined=lambda: stage('joined', out/'joined'/'model.safetensors', ['-m', 'chroma_moe.joining', *(x for b in bags for x in ('--model', b)), '--source',
                                                                           data/'texts.jsonl', '--surprise', a.surprise, '--out', out/'joined'], log),
