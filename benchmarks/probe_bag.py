@@ -3,8 +3,9 @@
     python benchmarks/probe_bag.py --run runs/mini --data DIR --out F                       all variants, three seeds; F is resumable
     python benchmarks/probe_bag.py --run runs/mini --data DIR --out F --seeds 0 --variants base,letters
 
-RUN is a folder of recipes/mini/run.py that is past its stage `own`; DIR is what that run was made from. Each variant takes --steps steps with the settings of
-recipes/mini/bag.yaml. Scores as in probe_mini.py: mean nDCG@10 over samples of the dev sets; differences are to `base`, on the same queries.
+RUN is a folder of recipes/mini/run.py --least 0 that is past its stage `own`; DIR is what that run was made from. Each variant takes --steps steps with the
+settings of recipes/mini/bag.yaml, but that pairs from text alone, one of a kind from a text, are drawn less often. Scores as in probe_mini.py: mean nDCG@10
+over samples of the dev sets; differences are to `base`, on the same queries.
 """
 import argparse, json, time
 from pathlib import Path
@@ -61,7 +62,7 @@ def main():
     tasks = [smaller(t, a.queries, a.documents) for t in local_tasks(a.data) if t.kind=='retrieval']
     recipe = Path(__file__).parents[1]/'recipes'/'mini'/'bag.yaml'
     base = [f'tokenizer.path={a.run}/tokenizer', f'data.pairs=[{a.run}/data/pairs.jsonl,{a.run}/own.jsonl]', f'data.valid_pairs={a.run}/data/valid.jsonl',
-            f'tune.steps={a.steps}', 'train.save_every=-1', 'train.log_every=50', f'train.eval_every={a.steps}']
+            f'tune.steps={a.steps}', 'train.save_every=-1', 'train.log_every=50', f'train.eval_every={a.steps}', 'tune.often=["*/crop=0.25","*/keywords=0.2"]']
     ready,ranks = {},start('fp32')
     for seed in map(int, a.seeds.split(',')):
         for name in a.variants.split(','):

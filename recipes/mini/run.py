@@ -47,7 +47,7 @@ def main():
     parser.add_argument('--at_once', type=int, default=1, help='bags that are trained side by side')
     parser.add_argument('--steps', type=float, default=1., help='share of the steps of each stage')
     parser.add_argument('--crops', type=int, default=1, help='pairs of each kind that a text gives; more for more steps, so that none comes again')
-    parser.add_argument('--least', type=int, default=0, help='pairs of each kind that a source gives: the texts of small sources give more than --crops')
+    parser.add_argument('--least', type=int, default=24_000, help='pairs of each kind that a source gives: where texts are few, each gives more than --crops')
     parser.add_argument('--until', choices=STAGES, default=STAGES[-1], help='the last stage')
     parser.add_argument('--weights', default='int8', help='of the final folder: float32, bfloat16 or int8')
     parser.add_argument('--length', type=int, default=1024, help='tokens of a text that the final model reads')
