@@ -71,7 +71,7 @@ def _some_pairs(job, rare, kinds, seed, times):
     "Rows of the texts `at`, `at+1`, ..."
     at,rows = job; made = []
     for i,r in enumerate(rows, at):
-        for k,turn in itertools.product(kinds, range(times if isinstance(times, int) else times[r['source']])):
+        for k,turn in itertools.product(kinds, range(times if isinstance(times, int) else times.get(r['source'], 1))):
             rng = np.random.default_rng((seed, i, KINDS.index(k), turn))
             pair = crop(r['text'], rng) if k=='crop' else keywords(r['text'], rng, rare)
             if pair: made.append(dict(query=pair[0], positive=pair[1], source=f"{r['source']}/{k}", domain=r['domain']))
@@ -91,11 +91,11 @@ def own_pairs(
     rare:dict,           # of `rarities`
     kinds:tuple=KINDS,
     seed:int=0,
-    times:int|dict=1,    # pairs of each kind from a text, or source -> so many
+    times:int|dict=1,    # pairs of each kind from a text, or source -> so many, 1 where it is not named
     workers:int=1,       # processes; 0 is one a core
 ) -> Iterator[dict]: # rows for phase 2
     "Pairs from texts."
-    need(all(n>0 for n in (times.values() if isinstance(times, dict) else [times])), f'times is {times}: give 1 or more')
+    need(all(isinstance(n, int) and n>0 for n in (times.values() if isinstance(times, dict) else [times])), f'times is {times}: give 1 or more')
     make = partial(_some_pairs, rare=rare, kinds=kinds, seed=seed, times=times)
     for made in parallel_map(make, _in_jobs(rows), workers or os.cpu_count()): yield from made
 
